@@ -1,0 +1,1 @@
+"""What every operation shares: backend choice, argument checks, precision policy, operator registration."""

@@ -1,0 +1,93 @@
+"""Which implementation runs: Triton kernels or the PyTorch path.
+
+Automatic: Triton for CUDA tensors (not float64), PyTorch otherwise. A backend named with `use_backend` or with the
+environment variable ``APD_KERNELS_BACKEND`` is used or raises; it never falls back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("triton", "torch")
+ENVIRONMENT_VARIABLE = "APD_KERNELS_BACKEND"
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Triton reads this when it is imported; under its interpreter the kernels also run on CPU tensors.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: expected 'triton' or 'torch', got {name!r}")
+    return name
+
+
+_named: ContextVar[str | None] = ContextVar(
+    "apd_kernels_backend",
+    default=_checked(os.environ[ENVIRONMENT_VARIABLE], ENVIRONMENT_VARIABLE)
+    if os.environ.get(ENVIRONMENT_VARIABLE)
+    else None,
+)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operation inside the block on one named backend.
+
+    Args:
+        name: ``"triton"`` or ``"torch"``.
+
+    Raises:
+        ValueError: another name. Inside the block, operations raise ``RuntimeError`` or ``TypeError`` where the named
+            backend cannot serve the input; they never fall back.
+
+    >>> import torch
+    >>> from apd_kernels import pairwise_distance, use_backend
+    >>> with use_backend("torch"):
+    ...     pairwise_distance(torch.eye(2), metric="sqeuclidean")
+    tensor([[0., 2.],
+            [2., 0.]])
+    """
+    token = _named.set(_checked(name, "name"))
+    try:
+        yield
+    finally:
+        _named.reset(token)
+
+
+def named_backend() -> str | None:
+    """The backend named by `use_backend` or the environment, None when the choice is automatic."""
+    return _named.get()
+
+
+def resolve_backend(x: Tensor) -> str:
+    """The backend that serves inputs like `x`; raises when a named one cannot."""
+    name = _named.get()
+    if name is None:
+        return "triton" if x.is_cuda and HAS_TRITON and x.dtype != torch.float64 else "torch"
+    if name == "triton":
+        if not HAS_TRITON:
+            raise RuntimeError("backend 'triton': triton is not installed; install it or use the 'torch' backend")
+        if not x.is_cuda and not INTERPRETED:
+            raise RuntimeError(
+                f"backend 'triton': expected CUDA tensors, got {x.device.type}; "
+                "use the 'torch' backend, or set TRITON_INTERPRET=1 before start to run the kernels in the interpreter"
+            )
+        if x.dtype == torch.float64:
+            raise TypeError("backend 'triton': float64 is served by the 'torch' backend only, got torch.float64")
+    return name
+
+
+def implementation(backend: str, module: str) -> ModuleType:
+    """``apd_kernels.kernels.<module>`` or ``apd_kernels.reference.<module>``, imported on first use."""
+    package = "kernels" if backend == "triton" else "reference"
+    return importlib.import_module(f"apd_kernels.{package}.{module}")

@@ -1,0 +1,59 @@
+"""One route from Python to an implementation: an operator in the library ``apd_kernels``.
+
+An operator's last argument is the backend's name; its body is the function of the same name in
+``apd_kernels/kernels/<module>.py`` or ``apd_kernels/reference/<module>.py``. Both take the operator's other arguments
+and return what its fake returns. So `torch.compile`, `opcheck` and CUDA graphs see one opaque call per operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apd_kernels._core.backend import implementation
+
+NAMESPACE = "apd_kernels"
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def operator(module: str, schema: str, *, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Define ``apd_kernels::<name>`` from `schema` (whose last argument is ``str backend``) and return its overload.
+
+    Args:
+        module: file name, without ``.py``, that holds the implementations under kernels/ and reference/.
+        schema: as in ``torch.library.define``, name included.
+        fake: shapes and dtypes of the results; takes the operator's arguments.
+    """
+    name = schema.partition("(")[0]
+
+    def body(*arguments: Any) -> Any:
+        *inputs, backend = arguments
+        function = getattr(implementation(backend, module), name)
+        if backend == "triton" and inputs[0].is_cuda:
+            with torch.cuda.device_of(inputs[0]):  # Triton launches on the current device
+                return function(*inputs)
+        return function(*inputs)
+
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, body, key)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    overload: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
+    return overload
+
+
+def differentiable(
+    overload: Callable[..., Any],
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
+    backward: Callable[..., Any],
+) -> None:
+    """Register the derivative of an operator; `backward` calls operators itself, so it is compiled like the forward."""
+    torch.library.register_autograd(overload.name(), backward, setup_context=setup_context, lib=_library)  # type: ignore[attr-defined]
+
+
+def internal_dtype(x: Tensor) -> torch.dtype:
+    """float32, or float64 for float64 inputs: what distances and losses are computed and returned in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,33 @@
+"""Row arithmetic shared by operations that normalise features, and the bound on temporaries of the PyTorch path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from apd_kernels._core.operators import internal_dtype
+
+# Elements of one temporary of the PyTorch path: 16 M float32 = 64 MB. Larger blocks are no faster on 2 cores.
+BLOCK_ELEMENTS = 1 << 24
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """x / ‖x‖ per row in float32 (float64 for float64), for any finite row; a zero row stays zero, with gradient zero.
+
+    Dividing by the largest magnitude first keeps the squares in range. That scale is a constant to autograd, exactly:
+    the result does not depend on it.
+    """
+    x = x.to(internal_dtype(x))
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    scaled = x / torch.where(largest > 0, largest, 1)
+    norm = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)  # at least 1, except for a zero row
+    return scaled / torch.where(norm > 0, norm, 1)
+
+
+def row_blocks(rows: int, columns: int, sets: int = 1) -> Iterator[slice]:
+    """Slices over `rows` such that a block of `sets` × rows × `columns` elements stays within BLOCK_ELEMENTS."""
+    size = max(1, BLOCK_ELEMENTS // max(1, columns * sets))
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))

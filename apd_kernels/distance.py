@@ -1,0 +1,91 @@
+"""Pairwise distances."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apd_kernels._core.backend import resolve_backend
+from apd_kernels._core.checks import check_choice, check_comparable, check_features
+from apd_kernels._core.operators import differentiable, internal_dtype, operator
+from apd_kernels._core.precision import resolve_precision
+from apd_kernels._core.rows import unit_rows
+
+METRICS = ("euclidean", "sqeuclidean", "cosine", "dot")
+
+
+def pairwise_distance(
+    x: Tensor, y: Tensor | None = None, *, metric: str = "euclidean", precision: str | None = None
+) -> Tensor:
+    """Distances between all rows of two feature sets; smaller is nearer.
+
+    Args:
+        x: features, shape (N, D) or (S, N, D) for S independent sets; float16, bfloat16, float32 or float64.
+        y: features, shape (M, D) or (S, M, D), dtype and device as `x`; `x` itself when None.
+        metric: ``"euclidean"`` ‖x−y‖, ``"sqeuclidean"`` ‖x−y‖², ``"cosine"`` 1 − cos (1 for a zero row),
+            ``"dot"`` −x·y.
+        precision: of float32 products on tensor cores: ``"fp32"``, ``"tf32"`` or ``"bf16"``; None reads PyTorch's
+            matmul precision switch. The PyTorch path always follows that switch.
+
+    Returns:
+        (N, M) or (S, N, M), float32 (float64 for float64 inputs). The gradient of a Euclidean distance at 0 is 0. With
+        ``y=None`` the diagonal of ``"euclidean"`` and ``"sqeuclidean"`` is exactly 0. A NaN row gives NaN.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or choice.
+
+    >>> import torch
+    >>> x = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    >>> pairwise_distance(x)
+    tensor([[0., 5.],
+            [5., 0.]])
+    """
+    check_features("x", x)
+    if y is not None:
+        check_comparable("y", y, "x", x)
+    check_choice("metric", metric, METRICS)
+    precision = resolve_precision(precision)
+    backend = resolve_backend(x)
+    if metric == "cosine":
+        x, y = unit_rows(x), None if y is None else unit_rows(y)
+    return _pairwise_distance(x, y, metric, precision, backend)
+
+
+def _fake(x: Tensor, y: Tensor | None, metric: str, precision: str, backend: str) -> Tensor:
+    columns = x.shape[-2] if y is None else y.shape[-2]
+    return x.new_empty((*x.shape[:-1], columns), dtype=internal_dtype(x))
+
+
+def _fake_backward(
+    gradient: Tensor, distance: Tensor, x: Tensor, y: Tensor | None, metric: str, precision: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(0 if y is None else y.shape)
+
+
+_pairwise_distance = operator(
+    "distance",
+    "pairwise_distance(Tensor x, Tensor? y, str metric, str precision, str backend) -> Tensor",
+    fake=_fake,
+)
+_pairwise_distance_backward = operator(
+    "distance",
+    "pairwise_distance_backward(Tensor gradient, Tensor distance, Tensor x, Tensor? y, str metric, str precision, "
+    "str backend) -> (Tensor, Tensor)",
+    fake=_fake_backward,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, y, *ctx.choices = inputs
+    ctx.save_for_backward(output, x, y)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    distance, x, y = ctx.saved_tensors
+    for_x, for_y = _pairwise_distance_backward(gradient, distance, x, y, *ctx.choices)
+    return for_x, None if y is None else for_y, None, None, None
+
+
+differentiable(_pairwise_distance, _setup_context, _backward)

@@ -1,0 +1,104 @@
+"""How launchers start kernels, and what they know of the device.
+
+Launchers call `launch` instead of ``kernel[grid](...)``. Inside `recording` nothing runs: the launches are collected,
+so that tests can compile, for a GPU that is not there, exactly the specialisations that a launcher asks for.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apd_kernels._core.backend import INTERPRETED
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch: the kernel, its grid, its positional arguments, and constexprs and options by name."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+@dataclass
+class _Recording:
+    architecture: int
+    launches: list[Launch]
+
+
+_recording: ContextVar[_Recording | None] = ContextVar("apd_kernels_recording", default=None)
+
+
+@contextmanager
+def recording(architecture: int) -> Iterator[list[Launch]]:
+    """Collect launches as for compute capability `architecture` (80, 90, 100, …) instead of running them."""
+    record = _Recording(architecture, [])
+    token = _recording.set(record)
+    try:
+        yield record.launches
+    finally:
+        _recording.reset(token)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """``kernel[grid](*arguments, **options)``, or record it. A grid with an empty axis launches nothing."""
+    if 0 in grid:
+        return
+    record = _recording.get()
+    if record is None:
+        kernel[grid](*arguments, **options)
+    else:
+        record.launches.append(Launch(kernel, grid, arguments, options))
+
+
+def architecture(x: Tensor) -> int:
+    """Compute capability of x's device as major·10 + minor; 0 for AMD GPUs and in the interpreter."""
+    record = _recording.get()
+    if record is not None:
+        return record.architecture
+    return 0 if INTERPRETED or torch.version.hip else _capability(x.get_device())
+
+
+@functools.cache
+def _capability(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+def dot_precision(x: Tensor, precision: str) -> str:
+    """What `product` passes to ``tl.dot`` for rows like `x`: ``"ieee"``, ``"tf32x3"``, ``"tf32"`` or ``"bf16"``.
+
+    float32 grade is three TF32 products, on architectures where their shared accumulator is known to be right: on
+    tcgen05 (sm_100 and later) several dots into one accumulator are not (triton#10821), so those, AMD and unknown GPUs
+    take the slow exact form. Half inputs multiply exactly as they are.
+    """
+    if x.dtype in (torch.float16, torch.bfloat16):
+        return "ieee"
+    if precision == "fp32":
+        return "tf32x3" if 80 <= architecture(x) < 100 else "ieee"
+    return precision
+
+
+def sets_of_rows(x: Tensor) -> Tensor:
+    """(N, D) or (S, N, D) as (S, N, D) whose rows are contiguous and one row stride apart over all sets."""
+    x = x if x.dim() == 3 else x[None]
+    sets, rows, dimension = x.shape
+    if (dimension > 1 and x.stride(2) != 1) or x.stride(1) < dimension:
+        return x.contiguous()
+    if sets > 1 and x.stride(0) != rows * x.stride(1):
+        return x.contiguous()
+    return x
+
+
+def row_stride(x: Tensor) -> int:
+    """Elements between rows of what `sets_of_rows` returned; D itself where no second row tells."""
+    return x.stride(1) if x.shape[0] * x.shape[1] > 1 else x.shape[2]

@@ -1,0 +1,308 @@
+"""Metric losses: batch-hard triplet, and APD's metric-perturbation loss."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from apd_kernels._core.backend import resolve_backend
+from apd_kernels._core.checks import (
+    check_comparable,
+    check_features,
+    check_floating,
+    check_integers,
+    check_number,
+    check_same_kind,
+)
+from apd_kernels._core.operators import differentiable, internal_dtype, operator
+from apd_kernels._core.precision import resolve_precision
+from apd_kernels.mining import Pair, checked_rows, pair_gradient
+
+
+@overload
+def triplet_loss(
+    x: Tensor,
+    labels: Tensor,
+    y: Tensor | None = ...,
+    y_labels: Tensor | None = ...,
+    *,
+    margin: float | None = ...,
+    metric: str = ...,
+    precision: str | None = ...,
+    indices: tuple[Tensor, Tensor] | None = ...,
+    reverse: bool = ...,
+    return_indices: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def triplet_loss(
+    x: Tensor,
+    labels: Tensor,
+    y: Tensor | None = ...,
+    y_labels: Tensor | None = ...,
+    *,
+    margin: float | None = ...,
+    metric: str = ...,
+    precision: str | None = ...,
+    indices: tuple[Tensor, Tensor] | None = ...,
+    reverse: bool = ...,
+    return_indices: Literal[True],
+) -> tuple[Tensor, Pair]: ...
+def triplet_loss(
+    x: Tensor,
+    labels: Tensor,
+    y: Tensor | None = None,
+    y_labels: Tensor | None = None,
+    *,
+    margin: float | None = 0.3,
+    metric: str = "euclidean",
+    precision: str | None = None,
+    indices: tuple[Tensor, Tensor] | None = None,
+    reverse: bool = False,
+    return_indices: bool = False,
+) -> Tensor | tuple[Tensor, Pair]:
+    """Batch-hard triplet loss (Hermans et al., 2017), mining, distances and loss in one operation.
+
+    With d_p the distance to the farthest positive and d_n that to the nearest negative, the term of an anchor is
+    max(0, d_p − d_n + margin), or ln(1 + exp(d_p − d_n)) for ``margin=None``. The loss is the mean over anchors that
+    have both; 0 where none has.
+
+    Args:
+        x, labels, y, y_labels, metric, precision: as in `batch_hard`.
+        margin: hinge margin, at least 0; None for the soft margin.
+        indices: (positive, negative) winners to use instead of mining, each int64 (N,) or (S, N) as returned by
+            `return_indices` or by `batch_hard` (``.indices``); anchors with a −1 are left out.
+        reverse: take d_n − d_p instead of d_p − d_n: the term then *removes* identity (APD, L_NK). The pairs mined are
+            the same.
+        return_indices: also return the winners, so that several losses share one mining.
+
+    Returns:
+        The loss, a float32 scalar ((S,) for S sets; float64 for float64 inputs), or ``(loss, indices)``. First
+        derivatives only.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or choice.
+
+    >>> import torch
+    >>> x = torch.tensor([[0.0], [1.0], [1.5], [9.0]])
+    >>> triplet_loss(x, torch.tensor([7, 7, 8, 8]), margin=0.3)
+    tensor(2.2500)
+    """
+    x, y = checked_rows(x, labels, y, y_labels, metric)
+    if margin is not None:
+        check_number("margin", margin)
+        margin = float(margin)
+    backend = resolve_backend(x)
+    if indices is not None:
+        pair = _checked_indices(indices, x)
+        loss, _, _ = _triplet_loss_indexed(x, y, *pair, margin, reverse, metric, backend)
+    else:
+        loss, _, _, *winners = _triplet_loss(
+            x, labels, y, y_labels, margin, reverse, metric, resolve_precision(precision), backend
+        )
+        pair = Pair(*winners)
+    return (loss, pair) if return_indices else loss
+
+
+def _checked_indices(indices: tuple[Tensor, Tensor], x: Tensor) -> Pair:
+    if not isinstance(indices, tuple) or len(indices) != 2:
+        raise TypeError(f"indices: expected a pair of tensors (positive, negative), got {type(indices).__name__}")
+    for name, index in zip(("indices.positive", "indices.negative"), indices, strict=True):
+        if not isinstance(index, Tensor) or index.dtype != torch.int64:
+            raise TypeError(f"{name}: expected an int64 tensor, got {getattr(index, 'dtype', type(index).__name__)}")
+        if index.shape != x.shape[:-1] or index.device != x.device:
+            raise ValueError(
+                f"{name}: expected shape {tuple(x.shape[:-1])} on {x.device}, got {tuple(index.shape)} on {index.device}"
+            )
+    return Pair(*indices)
+
+
+def _fake_indexed(
+    x: Tensor,
+    y: Tensor | None,
+    positive_index: Tensor,
+    negative_index: Tensor,
+    margin: float | None,
+    reverse: bool,
+    metric: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = internal_dtype(x)
+    weights = x.new_empty(x.shape[:-1], dtype=dtype)
+    return x.new_empty(x.shape[:-2], dtype=dtype), weights, torch.empty_like(weights)
+
+
+def _fake_mined(
+    x: Tensor,
+    labels: Tensor,
+    y: Tensor | None,
+    y_labels: Tensor | None,
+    margin: float | None,
+    reverse: bool,
+    metric: str,
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    index = x.new_empty(x.shape[:-1], dtype=torch.int64)
+    loss, positive, negative = _fake_indexed(x, y, index, index, margin, reverse, metric, backend)
+    return loss, positive, negative, index, torch.empty_like(index)
+
+
+# Besides the loss both return, for every anchor, the loss's derivative by d_p and by d_n per row difference
+# (∂L/∂d · 1/d for "euclidean"): all that the backward pass needs beyond the rows and the winners.
+_triplet_loss = operator(
+    "losses",
+    "triplet_loss(Tensor x, Tensor labels, Tensor? y, Tensor? y_labels, float? margin, bool reverse, str metric, "
+    "str precision, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_mined,
+)
+_triplet_loss_indexed = operator(
+    "losses",
+    "triplet_loss_indexed(Tensor x, Tensor? y, Tensor positive_index, Tensor negative_index, float? margin, "
+    "bool reverse, str metric, str backend) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_indexed,
+)
+
+
+def _setup_mined(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, _, y, _, _, _, ctx.metric, _, ctx.backend = inputs
+    _, *rest = output
+    ctx.mark_non_differentiable(*rest)
+    ctx.save_for_backward(x, y, *rest)
+    ctx.x_y_of = (0, 2, len(inputs))
+
+
+def _setup_indexed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, y, positive_index, negative_index, _, _, ctx.metric, ctx.backend = inputs
+    _, *weights = output
+    ctx.mark_non_differentiable(*weights)
+    ctx.save_for_backward(x, y, *weights, positive_index, negative_index)
+    ctx.x_y_of = (0, 1, len(inputs))
+
+
+def _backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    x, y, positive_weights, negative_weights, positive_index, negative_index = ctx.saved_tensors
+    at_x, at_y, inputs = ctx.x_y_of
+    scale = gradient[..., None]
+    for_x, for_y = pair_gradient(
+        x,
+        y,
+        positive_weights * scale,
+        negative_weights * scale,
+        positive_index,
+        negative_index,
+        ctx.metric,
+        ctx.needs_input_grad[at_x],
+        ctx.needs_input_grad[at_y],
+        ctx.backend,
+    )
+    result: list[Tensor | None] = [None] * inputs
+    if ctx.needs_input_grad[at_x]:
+        result[at_x] = for_x
+    if ctx.needs_input_grad[at_y]:
+        result[at_y] = for_y
+    return tuple(result)
+
+
+differentiable(_triplet_loss, _setup_mined, _backward)
+differentiable(_triplet_loss_indexed, _setup_indexed, _backward)
+
+
+def metric_perturbation_loss(perturbed: Tensor, negatives: Tensor, original: Tensor) -> Tensor:
+    """How far perturbed samples are from matching negatives better than their originals (APD, eq. 3).
+
+    The mean over samples i and their negatives j of ln(1 + exp(d(p_i, n_ij) − d(p_i, o_i))) with the Euclidean
+    distance d: it falls as a perturbed sample moves toward its negatives and away from its original.
+
+    Args:
+        perturbed: features of the perturbed samples, shape (N, D); float16, bfloat16, float32 or float64.
+        negatives: features of other identities, shape (N, D), or (N, M, D) for M to a sample; dtype as `perturbed`.
+        original: features of the originals, shape (N, D), dtype as `perturbed`.
+
+    Returns:
+        float32 scalar (float64 for float64 inputs); 0 for N = 0 or M = 0. Differentiable once in all three; the
+        gradient of a distance at 0 is 0.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape or device.
+
+    >>> import torch
+    >>> x = torch.tensor([[0.0, 0.0]])
+    >>> metric_perturbation_loss(x, torch.tensor([[3.0, 4.0]]), x)
+    tensor(5.0067)
+    """
+    check_features("perturbed", perturbed, sets=False)
+    check_floating("negatives", negatives)
+    check_same_kind("negatives", negatives, "perturbed", perturbed)
+    count, dimension = perturbed.shape
+    if negatives.dim() == 2:
+        negatives = negatives[:, None]
+    if negatives.dim() != 3 or negatives.shape[0] != count or negatives.shape[2] != dimension:
+        raise ValueError(
+            f"negatives: expected shape ({count}, {dimension}) or ({count}, M, {dimension}), got {tuple(negatives.shape)}"
+        )
+    check_comparable("original", original, "perturbed", perturbed)
+    if original.shape != perturbed.shape:
+        raise ValueError(f"original: expected shape {tuple(perturbed.shape)}, got {tuple(original.shape)}")
+    loss, _, _ = _metric_perturbation_loss(perturbed, negatives, original, resolve_backend(perturbed))
+    return loss
+
+
+def _fake_perturbation(
+    perturbed: Tensor, negatives: Tensor, original: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = internal_dtype(perturbed)
+    return (
+        perturbed.new_empty((), dtype=dtype),
+        perturbed.new_empty(negatives.shape[:2], dtype=dtype),
+        perturbed.new_empty(negatives.shape[:1], dtype=dtype),
+    )
+
+
+def _fake_perturbation_backward(
+    gradient: Tensor,
+    perturbed: Tensor,
+    negatives: Tensor,
+    original: Tensor,
+    to_negatives: Tensor,
+    to_original: Tensor,
+    for_negatives: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(perturbed, memory_format=torch.contiguous_format),
+        perturbed.new_empty(negatives.shape if for_negatives else 0),
+        torch.empty_like(original, memory_format=torch.contiguous_format),
+    )
+
+
+# Also returns d(p_i, n_ij), (N, M), and d(p_i, o_i), (N,), for the backward pass.
+_metric_perturbation_loss = operator(
+    "losses",
+    "metric_perturbation_loss(Tensor perturbed, Tensor negatives, Tensor original, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    fake=_fake_perturbation,
+)
+_metric_perturbation_loss_backward = operator(
+    "losses",
+    "metric_perturbation_loss_backward(Tensor gradient, Tensor perturbed, Tensor negatives, Tensor original, "
+    "Tensor to_negatives, Tensor to_original, bool for_negatives, str backend) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_perturbation_backward,
+)
+
+
+def _setup_perturbation(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.backend = inputs
+    _, *distances = output
+    ctx.mark_non_differentiable(*distances)
+    ctx.save_for_backward(*tensors, *distances)
+
+
+def _backward_perturbation(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad
+    gradients = _metric_perturbation_loss_backward(gradient, *ctx.saved_tensors, needed[1], ctx.backend)
+    return (*(value if wanted else None for value, wanted in zip(gradients, needed, strict=False)), None)
+
+
+differentiable(_metric_perturbation_loss, _setup_perturbation, _backward_perturbation)

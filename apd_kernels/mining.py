@@ -1,0 +1,174 @@
+"""Hard-sample mining: the farthest positive and the nearest negative of every anchor."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from apd_kernels._core.backend import resolve_backend
+from apd_kernels._core.checks import check_choice, check_comparable, check_features, check_integers
+from apd_kernels._core.operators import differentiable, internal_dtype, operator
+from apd_kernels._core.precision import resolve_precision
+from apd_kernels._core.rows import unit_rows
+from apd_kernels.distance import METRICS
+
+
+class Pair(NamedTuple):
+    """One tensor for the positives of the anchors and one for their negatives, each (N,) or (S, N)."""
+
+    positive: Tensor
+    negative: Tensor
+
+
+class HardPairs(NamedTuple):
+    """What `batch_hard` found for every anchor."""
+
+    distances: Pair  # float32 or float64, differentiable; 0 where there is none
+    indices: Pair  # int64 rows of y (of x without y); -1 where there is none
+    valid: Tensor  # bool: the anchor has a positive and a negative
+
+
+def batch_hard(
+    x: Tensor,
+    labels: Tensor,
+    y: Tensor | None = None,
+    y_labels: Tensor | None = None,
+    *,
+    metric: str = "euclidean",
+    precision: str | None = None,
+) -> HardPairs:
+    """Each anchor's farthest row of the same identity and nearest row of another one, without a distance matrix.
+
+    Winners are chosen from products; their distances are then recomputed from the difference of the two rows, so they
+    carry no cancellation error, and only the winners receive a gradient.
+
+    Args:
+        x: anchors, shape (N, D) or (S, N, D) for S feature sets with the same labels.
+        labels: identity of each anchor, shape (N,), any integer dtype.
+        y: rows to choose from, shape (M, D) or (S, M, D); the anchors themselves when None, each anchor excluded from
+            its own choice.
+        y_labels: identity of each row of `y`, shape (M,).
+        metric: ``"euclidean"``, ``"sqeuclidean"``, ``"cosine"`` or ``"dot"``, as in `pairwise_distance`.
+        precision: of the products that choose the winners, as in `pairwise_distance`.
+
+    Returns:
+        `HardPairs` ``(distances, indices, valid)``; the first two are ``(positive, negative)`` pairs. Equal distances
+        are won by the lowest index. A row with a NaN wins on either side, and its distance is NaN.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or choice.
+
+    >>> import torch
+    >>> x = torch.tensor([[0.0], [1.0], [5.0], [9.0]])
+    >>> mined = batch_hard(x, torch.tensor([7, 7, 8, 8]))
+    >>> mined.distances.positive, mined.distances.negative
+    (tensor([1., 1., 4., 4.]), tensor([5., 4., 4., 8.]))
+    >>> mined.indices.negative
+    tensor([2, 2, 1, 1])
+    """
+    x, y = checked_rows(x, labels, y, y_labels, metric)
+    backend = resolve_backend(x)
+    positive, negative, positive_index, negative_index = _batch_hard(
+        x, labels, y, y_labels, metric, resolve_precision(precision), backend
+    )
+    return HardPairs(
+        distances=Pair(positive, negative),
+        indices=Pair(positive_index, negative_index),
+        valid=(positive_index >= 0) & (negative_index >= 0),
+    )
+
+
+def checked_rows(
+    x: Tensor, labels: Tensor, y: Tensor | None, y_labels: Tensor | None, metric: str
+) -> tuple[Tensor, Tensor | None]:
+    """Check what mining takes; x and y as the operators take them, of unit length for "cosine"."""
+    check_features("x", x)
+    check_integers("labels", labels, x.shape[-2], x.device)
+    if (y is None) != (y_labels is None):
+        given, missing = ("y", "y_labels") if y_labels is None else ("y_labels", "y")
+        raise ValueError(f"{missing}: expected with {given}, got None")
+    if y is not None and y_labels is not None:
+        check_comparable("y", y, "x", x)
+        check_integers("y_labels", y_labels, y.shape[-2], x.device)
+    check_choice("metric", metric, METRICS)
+    if metric == "cosine":
+        return unit_rows(x), None if y is None else unit_rows(y)
+    return x, y
+
+
+def _fake(
+    x: Tensor, labels: Tensor, y: Tensor | None, y_labels: Tensor | None, metric: str, precision: str, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    distance = x.new_empty(x.shape[:-1], dtype=internal_dtype(x))
+    index = x.new_empty(x.shape[:-1], dtype=torch.int64)
+    return distance, torch.empty_like(distance), index, torch.empty_like(index)
+
+
+def _fake_gradient(
+    x: Tensor,
+    y: Tensor | None,
+    positive_weights: Tensor,
+    negative_weights: Tensor,
+    positive_index: Tensor,
+    negative_index: Tensor,
+    metric: str,
+    for_x: bool,
+    for_y: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape if for_x else 0), x.new_empty(0 if y is None or not for_y else y.shape)
+
+
+_batch_hard = operator(
+    "mining",
+    "batch_hard(Tensor x, Tensor labels, Tensor? y, Tensor? y_labels, str metric, str precision, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+)
+pair_gradient = operator(
+    "mining",
+    "pair_gradient(Tensor x, Tensor? y, Tensor positive_weights, Tensor negative_weights, Tensor positive_index, "
+    "Tensor negative_index, str metric, bool for_x, bool for_y, str backend) -> (Tensor, Tensor)",
+    fake=_fake_gradient,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, _, y, _, ctx.metric, _, ctx.backend = inputs
+    positive, negative, positive_index, negative_index = output
+    ctx.mark_non_differentiable(positive_index, negative_index)
+    ctx.save_for_backward(x, y, positive, negative, positive_index, negative_index)
+
+
+def _backward(ctx: Any, for_positive: Tensor, for_negative: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    x, y, positive, negative, positive_index, negative_index = ctx.saved_tensors
+    for_x, for_y = pair_gradient(
+        x,
+        y,
+        _per_difference(for_positive, positive, ctx.metric),
+        _per_difference(for_negative, negative, ctx.metric),
+        positive_index,
+        negative_index,
+        ctx.metric,
+        ctx.needs_input_grad[0],
+        ctx.needs_input_grad[2],
+        ctx.backend,
+    )
+    return (
+        for_x if ctx.needs_input_grad[0] else None,
+        None,
+        for_y if ctx.needs_input_grad[2] else None,
+        *(None,) * 4,
+    )
+
+
+def _per_difference(gradient: Tensor, distance: Tensor, metric: str) -> Tensor:
+    """The weight of the row difference x − y in the gradient: g/d, 2g or g; 0 for a Euclidean distance of 0."""
+    if metric == "euclidean":
+        return torch.where(distance == 0, 0, gradient / distance)
+    return 2 * gradient if metric == "sqeuclidean" else gradient
+
+
+differentiable(_batch_hard, _setup_context, _backward)

@@ -1,0 +1,112 @@
+"""Compile the launches of an operation for a GPU that is not there, and read the machine code.
+
+Runs in its own process without TRITON_INTERPRET (the interpreter and the compiler exclude each other). What is compiled
+is what the launcher asked for: `recording` collects its launches on meta tensors, and the argument types and
+alignments are derived as Triton's own launcher derives them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may use
+MATRIX_INSTRUCTION = {80: r"\bHMMA\b", 90: r"\bHGMMA\b", 100: r"\bUTC\w*MMA\b"}
+_TYPES = {
+    "torch.float16": "fp16",
+    "torch.bfloat16": "bf16",
+    "torch.float32": "fp32",
+    "torch.int32": "i32",
+    "torch.int64": "i64",
+    "torch.bool": "i1",
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One compiled launch."""
+
+    kernel: str
+    shared: int  # bytes
+    registers: int
+    spilled: int  # bytes of stack or local memory
+    matrix_instructions: int
+
+
+def compile_launches(case: str, architecture: int) -> list[Compiled]:
+    """Compile every launch of ``<module>:<function>``, a function without arguments that calls a launcher."""
+    from apd_kernels.kernels._launch import recording
+
+    module, _, name = case.partition(":")
+    function = getattr(importlib.import_module(module), name)
+    with recording(architecture) as launches:
+        function()
+    assert launches, f"{case} launched nothing"
+    return [_compile(launch, architecture) for launch in launches]
+
+
+def _compile(launch: Any, architecture: int) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, options = launch.kernel, dict(launch.options)
+    signature: dict[str, Any] = {}
+    constexprs: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+    positional = dict(zip(kernel.arg_names, launch.arguments, strict=False))
+    for index, parameter in enumerate(kernel.params):
+        value = positional.get(parameter.name, options.pop(parameter.name, None))
+        if parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
+            constexprs[(index,)] = value
+        else:
+            signature[parameter.name] = _type(value, (index,), constexprs, attributes, not parameter.do_not_specialize)
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    registers, spilled, code = _read_cubin(compiled.asm["cubin"])
+    return Compiled(
+        kernel=kernel.__name__,
+        shared=compiled.metadata.shared,
+        registers=registers,
+        spilled=spilled,
+        matrix_instructions=len(re.findall(MATRIX_INSTRUCTION[architecture], code)),
+    )
+
+
+def _type(value: Any, path: tuple[int, ...], constexprs: dict[Any, Any], attributes: dict[Any, Any], specialize: bool) -> Any:
+    """The signature entry of one run-time argument; None and a specialised 1 become constants, as at launch."""
+    if isinstance(value, tuple):
+        return tuple(
+            _type(item, (*path, index), constexprs, attributes, specialize) for index, item in enumerate(value)
+        )
+    if value is None or (type(value) is int and specialize and value == 1):
+        constexprs[path] = value
+        return "constexpr"
+    if type(value) is float:
+        return "fp32"
+    if type(value) is int:
+        if specialize and value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    if specialize:  # the caching allocator aligns every tensor to 512 bytes
+        attributes[path] = [["tt.divisibility", 16]]
+    return "*" + _TYPES[str(value.dtype)]
+
+
+def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        code = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    fields = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return fields["REG"], fields["STACK"] + fields["LOCAL"], code

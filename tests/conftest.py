@@ -1,0 +1,77 @@
+"""Backends and devices for every test.
+
+Without a GPU the kernels run in Triton's interpreter, which must be chosen before triton is imported: here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from apd_kernels import use_backend
+from apd_kernels._core.backend import HAS_TRITON
+
+_without_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    device: str
+
+    @property
+    def interpreted(self) -> bool:
+        return self.name == "triton" and self.device == "cpu"
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(Backend("torch", "cpu"), id="torch"),
+        pytest.param(Backend("triton", "cpu"), id="interpreter", marks=_without_triton),
+        pytest.param(Backend("triton", "cuda"), id="triton-cuda", marks=[pytest.mark.gpu, _without_triton]),
+        pytest.param(Backend("torch", "cuda"), id="torch-cuda", marks=pytest.mark.gpu),
+    ]
+)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Runs the test once per implementation; inside it, that implementation is named, so nothing falls back."""
+    chosen: Backend = request.param
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if chosen.interpreted and torch.cuda.is_available():
+        pytest.skip("the interpreter is used where there is no CUDA device")
+    with use_backend(chosen.name):
+        yield chosen
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty is full of NaN (integers: a large value), so an element that a kernel forgets shows."""
+    empty = torch.empty
+
+    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
+        result = empty(*args, **kwargs)  # type: ignore[call-overload]
+        if isinstance(result, torch.Tensor) and result.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
+            if result.is_floating_point():
+                result.fill_(float("nan"))
+            elif result.dtype != torch.bool:
+                result.fill_(torch.iinfo(result.dtype).max // 2)
+        return result
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """The folder named by APD_TEST_DATA: real Re-ID features and outputs of other projects; never part of this one."""
+    folder = os.environ.get("APD_TEST_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("APD_TEST_DATA does not name the folder with real Re-ID data")
+    return Path(folder)

@@ -1,0 +1,47 @@
+"""Tier 3: the production launches compile for sm_80, sm_90 and sm_100 and stay inside their budgets, without a GPU."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+pytest.importorskip("triton")
+
+import compilation
+import production
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[ProcessPoolExecutor]:
+    """A fresh process without the interpreter; spawned, because a fork would inherit an imported Triton."""
+    interpret = os.environ.pop("TRITON_INTERPRET", None)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pool.submit(os.getpid).result()  # the process starts now, with this environment
+        if interpret is not None:
+            os.environ["TRITON_INTERPRET"] = interpret
+        yield pool
+
+
+def _compiled(compiler: ProcessPoolExecutor, case: object, architecture: int) -> list[compilation.Compiled]:
+    return compiler.submit(compilation.compile_launches, f"production:{case.__name__}", architecture).result()
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("case", production.MATRIX_CASES + production.VECTOR_CASES, ids=lambda case: case.__name__)
+def test_budget(compiler: ProcessPoolExecutor, case: object, architecture: int) -> None:
+    """No spills, shared memory within the limit, tensor-core instructions where there is a matrix product."""
+    for launch in _compiled(compiler, case, architecture):
+        assert launch.spilled == 0, launch
+        assert launch.shared <= compilation.MAX_SHARED[architecture], launch
+        if case in production.MATRIX_CASES:
+            assert launch.matrix_instructions > 0, launch
+
+
+@pytest.mark.parametrize("case", production.MATRIX_CASES + production.VECTOR_CASES, ids=lambda case: case.__name__)
+def test_compiles_for_blackwell(compiler: ProcessPoolExecutor, case: object) -> None:
+    """sm_100: compiles, not run."""
+    assert _compiled(compiler, case, 100)
