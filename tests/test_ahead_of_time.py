@@ -31,17 +31,17 @@ def _compiled(compiler: ProcessPoolExecutor, case: object, architecture: int) ->
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
-@pytest.mark.parametrize("case", production.MATRIX_CASES + production.VECTOR_CASES, ids=lambda case: case.__name__)
+@pytest.mark.parametrize("case", production.CASES, ids=lambda case: case.__name__)
 def test_budget(compiler: ProcessPoolExecutor, case: object, architecture: int) -> None:
     """No spills, shared memory within the limit, tensor-core instructions where there is a matrix product."""
     for launch in _compiled(compiler, case, architecture):
         assert launch.spilled == 0, launch
         assert launch.shared <= compilation.MAX_SHARED[architecture], launch
-        if case in production.MATRIX_CASES:
+        if launch.kernel in production.MATRIX_KERNELS:
             assert launch.matrix_instructions > 0, launch
 
 
-@pytest.mark.parametrize("case", production.MATRIX_CASES + production.VECTOR_CASES, ids=lambda case: case.__name__)
+@pytest.mark.parametrize("case", production.CASES, ids=lambda case: case.__name__)
 def test_compiles_for_blackwell(compiler: ProcessPoolExecutor, case: object) -> None:
     """sm_100: compiles, not run."""
     assert _compiled(compiler, case, 100)

@@ -17,7 +17,7 @@ from torch import Tensor
 from apd_kernels.kernels._launch import dot_precision, launch, row_stride, sets_of_rows
 from apd_kernels.kernels._tiles import product
 
-_METRIC = {"euclidean": 0, "sqeuclidean": 1, "cosine": 2, "dot": 3}
+METRIC_NUMBER = {"euclidean": 0, "sqeuclidean": 1, "cosine": 2, "dot": 3}
 
 
 @triton.jit(do_not_specialize=["N", "M"])
@@ -32,15 +32,9 @@ def _distance(
     row_mask, column_mask = rows < N, columns < M
     x += s * N * x_stride
     y += s * M * y_stride
-    acc, yy = product(x, y, rows, columns, row_mask, column_mask, D, x_stride, y_stride, one,
-                      BM, BN, BK, PRECISION, METRIC < 2)  # fmt: skip
+    acc, xx, yy = product(x, y, rows, columns, row_mask, column_mask, D, x_stride, y_stride, one,
+                          BM, BN, BK, PRECISION, METRIC < 2)  # fmt: skip
     if METRIC < 2:
-        xx = tl.zeros((BM,), tl.float32)
-        x_rows = x + rows.to(tl.int64)[:, None] * x_stride
-        for k0 in range(0, D, BK):
-            k = k0 + tl.arange(0, BK)
-            a = tl.load(x_rows + k[None, :], mask=row_mask[:, None] & (k < D)[None, :], other=0.0).to(tl.float32)
-            xx += tl.sum(a * a, 1)
         d = xx[:, None] + yy[None, :] - 2 * acc
         d = tl.where(d < 0, 0.0, d)  # not maximum(): that would turn NaN into 0
         if SELF:
@@ -118,8 +112,8 @@ def pairwise_distance(x: Tensor, y: Tensor | None, metric: str, precision: str) 
     launch(
         _distance, (triton.cdiv(n, BM), triton.cdiv(m, BN), sets),
         a, b, out, n, m, dimension, row_stride(a), row_stride(b), 1.0,
-        METRIC=_METRIC[metric], SELF=y is None, PRECISION=dot_precision(x, precision),
-        BM=BM, BN=BN, BK=BK, num_warps=4, num_stages=3,
+        METRIC=METRIC_NUMBER[metric], SELF=y is None, PRECISION=dot_precision(x, precision),
+        BM=BM, BN=BN, BK=BK, num_warps=8, num_stages=3,
     )  # fmt: skip
     return out
 
@@ -135,7 +129,7 @@ def pairwise_distance_backward(
     for_y = torch.empty(0 if y is None else y.shape, dtype=x.dtype, device=x.device)
     # The weights are float32 whatever the rows are.
     dots = dot_precision(gradient, "fp32" if x.dtype in (torch.float16, torch.bfloat16) else precision)
-    BM, BN, BD = 64, 32, 64
+    BM, BN, BD = 64, 32, 32
     sides = [(a, b, for_x, b.shape[1], 1)] + ([] if y is None else [(b, a, for_y, 1, b.shape[1])])
     for own, other, out, row_step, column_step in sides:
         sets, n, dimension = own.shape
@@ -143,7 +137,7 @@ def pairwise_distance_backward(
             _gradient, (triton.cdiv(n, BM), triton.cdiv(dimension, BD), sets),
             gradient, distance, own, other, out, n, other.shape[1], dimension, row_step, column_step,
             row_stride(own), row_stride(other),
-            METRIC=_METRIC[metric], SELF=y is None, PRECISION=dots,
-            BM=BM, BN=BN, BD=BD, num_warps=4, num_stages=3,
+            METRIC=METRIC_NUMBER[metric], SELF=y is None, PRECISION=dots,
+            BM=BM, BN=BN, BD=BD, num_warps=8, num_stages=3,
         )  # fmt: skip
     return for_x, for_y

@@ -51,10 +51,10 @@ def triplet_loss_indexed(
     slope = torch.where(valid, slope, 0) / count[..., None]
     if reverse:
         slope = -slope
-    return loss, _per_difference(slope, positive, metric), _per_difference(-slope, negative, metric)
+    return loss, per_difference(slope, positive, metric), per_difference(-slope, negative, metric)
 
 
-def _per_difference(slope: Tensor, distance: Tensor, metric: str) -> Tensor:
+def per_difference(slope: Tensor, distance: Tensor, metric: str) -> Tensor:
     if metric == "euclidean":
         return torch.where((distance == 0) | (slope == 0), 0, slope / distance)
     return 2 * slope if metric == "sqeuclidean" else slope
