@@ -31,7 +31,9 @@ def pairwise_distance(
 
     Returns:
         (N, M) or (S, N, M), float32 (float64 for float64 inputs). The gradient of a Euclidean distance at 0 is 0. With
-        ``y=None`` the diagonal of ``"euclidean"`` and ``"sqeuclidean"`` is exactly 0. A NaN row gives NaN.
+        ``y=None`` the diagonal of ``"euclidean"`` and ``"sqeuclidean"`` is exactly 0. A NaN row gives NaN. Squares come
+        from ‖x‖² + ‖y‖² − 2x·y and are rounded like these terms: between near-duplicates a float32 ``"euclidean"``
+        below 1e-3 ‖x‖ is mostly rounding.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or choice.

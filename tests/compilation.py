@@ -40,6 +40,18 @@ class Compiled:
 
 def compile_launches(case: str, architecture: int) -> list[Compiled]:
     """Compile every launch of ``<module>:<function>``, a function without arguments that calls a launcher."""
+    return [_compile(launch, architecture) for launch in _recorded(case, architecture)]
+
+
+def specialisations(case: str, architecture: int) -> dict[str, int]:
+    """How many different binaries of each kernel the launches of ``<module>:<function>`` need."""
+    keys: dict[str, set[str]] = {}
+    for launch in _recorded(case, architecture):
+        keys.setdefault(launch.kernel.__name__, set()).add(repr(_specialisation(launch)))
+    return {kernel: len(distinct) for kernel, distinct in keys.items()}
+
+
+def _recorded(case: str, architecture: int) -> list[Any]:
     from apd_kernels.kernels._launch import recording
 
     module, _, name = case.partition(":")
@@ -47,14 +59,11 @@ def compile_launches(case: str, architecture: int) -> list[Compiled]:
     with recording(architecture) as launches:
         function()
     assert launches, f"{case} launched nothing"
-    return [_compile(launch, architecture) for launch in launches]
+    return launches
 
 
-def _compile(launch: Any, architecture: int) -> Compiled:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def _specialisation(launch: Any) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any], dict[str, Any]]:
+    """Signature, constants, attributes and compile options of a launch, as Triton's own launcher derives them."""
     kernel, options = launch.kernel, dict(launch.options)
     signature: dict[str, Any] = {}
     constexprs: dict[Any, Any] = {}
@@ -67,11 +76,20 @@ def _compile(launch: Any, architecture: int) -> Compiled:
             constexprs[(index,)] = value
         else:
             signature[parameter.name] = _type(value, (index,), constexprs, attributes, not parameter.do_not_specialize)
-    source = ASTSource(kernel, signature, constexprs, attributes)
+    return signature, constexprs, attributes, options
+
+
+def _compile(launch: Any, architecture: int) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constexprs, attributes, options = _specialisation(launch)
+    source = ASTSource(launch.kernel, signature, constexprs, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     registers, spilled, code = _read_cubin(compiled.asm["cubin"])
     return Compiled(
-        kernel=kernel.__name__,
+        kernel=launch.kernel.__name__,
         shared=compiled.metadata.shared,
         registers=registers,
         spilled=spilled,
@@ -79,12 +97,12 @@ def _compile(launch: Any, architecture: int) -> Compiled:
     )
 
 
-def _type(value: Any, path: tuple[int, ...], constexprs: dict[Any, Any], attributes: dict[Any, Any], specialize: bool) -> Any:
+def _type(
+    value: Any, path: tuple[int, ...], constexprs: dict[Any, Any], attributes: dict[Any, Any], specialize: bool
+) -> Any:
     """The signature entry of one run-time argument; None and a specialised 1 become constants, as at launch."""
-    if isinstance(value, tuple):
-        return tuple(
-            _type(item, (*path, index), constexprs, attributes, specialize) for index, item in enumerate(value)
-        )
+    if isinstance(value, tuple):  # Triton specialises what is inside a tuple in any case
+        return tuple(_type(item, (*path, index), constexprs, attributes, True) for index, item in enumerate(value))
     if value is None or (type(value) is int and specialize and value == 1):
         constexprs[path] = value
         return "constexpr"

@@ -6,9 +6,12 @@ from collections.abc import Callable
 
 import torch
 
-from apd_kernels.kernels import distance, losses, mining, perturb
+from apd_kernels.kernels import distance, losses, mining, perturb, ssd
 
 CASES: list[Callable[[], None]] = []
+
+OVER_SIZES: list[Callable[[], None]] = []
+"""Operations at every batch size from 1 to 300."""
 
 MATRIX_KERNELS = {"_distance", "_gradient", "_mine"}
 """Kernels built on a matrix product: they must use the tensor cores."""
@@ -16,6 +19,11 @@ MATRIX_KERNELS = {"_distance", "_gradient", "_mine"}
 
 def case(function: Callable[[], None]) -> Callable[[], None]:
     CASES.append(function)
+    return function
+
+
+def over_sizes(function: Callable[[], None]) -> Callable[[], None]:
+    OVER_SIZES.append(function)
     return function
 
 
@@ -90,3 +98,61 @@ def perturbation_loss() -> None:
 def metric_perturb() -> None:
     perturb.metric_perturb(_rows(64, 2048), _indices(64), 0.1, 0.025, 2, True, "l2", "fp32")
     perturb.metric_perturb(_rows(4096, 512), _indices(4096), 0.1, 0.1, 1, False, "linf", "fp32")
+
+
+def _maps(*shapes: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
+    return [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+
+
+def _ssd(features: torch.Tensor, logits: list[torch.Tensor]) -> None:
+    permutation = _indices(len(features))
+    outputs = ssd.ssd_mask_perturbed(features, logits, permutation)
+    ssd.ssd_mask_backward(features, logits, permutation, outputs[3], *outputs[:3], True, True)
+
+
+@case
+def ssd_maps() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        features, *logits = _maps(*[(64, 768, 16, 8)] * 4, dtype=dtype)
+        _ssd(features, logits)
+    ssd.ssd_mask(features, logits)
+
+
+@case
+def ssd_one_channel() -> None:
+    """Gradients summed over the channels, for either memory format, and logits in the other format."""
+    features, full, shared = _maps((64, 768, 16, 8), (64, 768, 16, 8), (64, 1, 16, 8), dtype=torch.float16)
+    _ssd(features, [shared, full, shared])
+    _ssd(features.contiguous(memory_format=torch.channels_last), [full, shared])
+    tokens, shared = _maps((64, 210, 768), (64, 210, 1), dtype=torch.float32)
+    _ssd(tokens[:, 1:], [shared[:, 1:]])
+
+
+@over_sizes
+def distance_over_sizes() -> None:
+    for n in range(1, 301):
+        g = _rows(n, 300)
+        distance.pairwise_distance(_rows(n, 2048), _rows(300, 2048), "euclidean", "fp32")
+        distance.pairwise_distance_backward(g, g, _rows(n, 2048), None, "euclidean", "fp32")
+
+
+@over_sizes
+def triplet_over_sizes() -> None:
+    for n in range(1, 301):
+        x = _rows(n, 2048)
+        losses.triplet_loss(x, _indices(n), None, None, None, False, "euclidean", "fp32")
+        mining.pair_gradient(x, None, _rows(n), _rows(n), _indices(n), _indices(n), "euclidean", True, False)
+
+
+@over_sizes
+def metric_perturb_over_sizes() -> None:
+    for n in range(1, 301):
+        perturb.metric_perturb(_rows(n, 2048), _indices(n), 0.1, 0.1, 1, False, "l2", "fp32")
+
+
+@over_sizes
+def perturbation_loss_over_sizes() -> None:
+    for n in range(1, 301):
+        x, negatives = _rows(n, 2048), _rows(n, 4, 2048)
+        losses.metric_perturbation_loss(x, negatives, x)
+        losses.metric_perturbation_loss_backward(_rows(1), x, negatives, x, _rows(n, 4), _rows(n), True)

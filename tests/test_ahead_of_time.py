@@ -45,3 +45,10 @@ def test_budget(compiler: ProcessPoolExecutor, case: object, architecture: int) 
 def test_compiles_for_blackwell(compiler: ProcessPoolExecutor, case: object) -> None:
     """sm_100: compiles, not run."""
     assert _compiled(compiler, case, 100)
+
+
+@pytest.mark.parametrize("case", production.OVER_SIZES, ids=lambda case: case.__name__)
+def test_one_binary_for_all_batch_sizes(compiler: ProcessPoolExecutor, case: object) -> None:
+    """Batch sizes 1 to 300 run the same binary of every kernel: a new size never compiles."""
+    counts = compiler.submit(compilation.specialisations, f"production:{case.__name__}", 90).result()
+    assert set(counts.values()) == {1}, counts

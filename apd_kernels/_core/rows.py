@@ -23,7 +23,7 @@ def unit_rows(x: Tensor) -> Tensor:
     largest = x.detach().abs().amax(-1, keepdim=True)
     scaled = x / torch.where(largest > 0, largest, 1)
     norm = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)  # at least 1, except for a zero row
-    return scaled / torch.where(norm > 0, norm, 1)
+    return torch.where(norm == 0, 0, scaled / torch.where(norm == 0, 1, norm))
 
 
 def row_blocks(rows: int, columns: int, sets: int = 1) -> Iterator[slice]:

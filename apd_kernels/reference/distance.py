@@ -13,12 +13,14 @@ def pairwise_distance(x: Tensor, y: Tensor | None, metric: str, precision: str) 
     dtype = internal_dtype(x)
     a = x.to(dtype)
     b = a if y is None else y.to(dtype)
+    if 0 in (a.shape[-2], b.shape[-2]):
+        return a.new_zeros((*a.shape[:-1], b.shape[-2]))
     if metric == "dot":
         return -(a @ b.mT)
     if metric == "cosine":
         return (1 - a @ b.mT).clamp_(min=0)
     # ‖a−b‖² does not change with a common shift; centred rows lose fewer digits in a² + b² − 2ab.
-    centre = a.mean(-2, keepdim=True).nan_to_num(0, 0, 0) if a.shape[-2] else 0
+    centre = _centre(a)
     a = a - centre
     b = a if y is None else b - centre
     squared = torch.baddbmm(
@@ -32,6 +34,11 @@ def pairwise_distance(x: Tensor, y: Tensor | None, metric: str, precision: str) 
         diagonal = squared.diagonal(dim1=-2, dim2=-1)
         diagonal.copy_(torch.where(diagonal.isnan(), diagonal, 0))
     return squared if metric == "sqeuclidean" else squared.sqrt_()
+
+
+def _centre(a: Tensor) -> Tensor:
+    """The mean row, 0 where it is not finite (or there is none)."""
+    return a.mean(-2, keepdim=True).nan_to_num(0, 0, 0)
 
 
 def pairwise_distance_backward(
@@ -52,7 +59,7 @@ def pairwise_distance_backward(
     if y is None:
         weights = weights + weights.mT
     if not linear:
-        centre = a.mean(-2, keepdim=True).nan_to_num(0, 0, 0) if a.shape[-2] else 0
+        centre = _centre(a)
         a = a - centre
         b = a if y is None else b - centre
     for_x = -(weights @ b) if linear else a * weights.sum(-1, keepdim=True) - weights @ b

@@ -1,0 +1,67 @@
+"""Float64 oracles written from the formulas, independent of the library, and comparisons that know about rounding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+METRICS = ("euclidean", "sqeuclidean", "cosine", "dot")
+
+
+def distances(x: Tensor, y: Tensor, metric: str) -> Tensor:
+    """All pairs in float64, by the difference of the rows; differentiable except at 0."""
+    x, y = x.double(), y.double()
+    if metric == "dot":
+        return -(x[..., :, None, :] * y[..., None, :, :]).sum(-1)
+    if metric == "cosine":
+        a, b = (t / t.norm(dim=-1, keepdim=True) for t in (x, y))
+        return 1 - (a[..., :, None, :] * b[..., None, :, :]).sum(-1)
+    squared = (x[..., :, None, :] - y[..., None, :, :]).square().sum(-1)
+    if metric == "sqeuclidean":
+        return squared
+    return torch.where(squared == 0, 0, torch.where(squared == 0, 1, squared).sqrt())
+
+
+def masks(labels: Tensor, y_labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Positives and negatives of each anchor, (N, M); without y_labels an anchor is not its own positive."""
+    same = labels[:, None] == (labels if y_labels is None else y_labels)[None, :]
+    positive = same.clone()
+    if y_labels is None:
+        positive.fill_diagonal_(False)
+    return positive, ~same
+
+
+def features(
+    *shape: int, dtype: torch.dtype = torch.float64, seed: int = 0, identities: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rows around identity centres, exactly representable in `dtype`, and labels with unequal counts."""
+    generator = torch.Generator().manual_seed(seed)
+    n = shape[-2]
+    identities = identities or max(1, n // 3)
+    labels = torch.randint(0, identities, (n,), generator=generator)
+    centres = torch.randn(identities, shape[-1], generator=generator, dtype=torch.float64)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return (centres[labels] + 0.5 * noise).to(dtype), labels
+
+
+def leaf(x: Tensor, device: str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
+    """A copy of x that collects a gradient."""
+    return x.detach().to(device=device, dtype=dtype or x.dtype, copy=True).requires_grad_()
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Relative to the scale of a result, for sums over some hundred products."""
+    return 1e-10 if dtype == torch.float64 else 2e-6
+
+
+def assert_close(actual: Tensor, expected: Tensor, relative: float, what: str = "result", scale: float = 1e-30) -> None:
+    """|actual − expected| ≤ relative · max(scale, max|expected|), NaN where NaN is expected."""
+    assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)} against {tuple(expected.shape)}"
+    if expected.numel() == 0:
+        return
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    assert torch.equal(actual.isnan(), expected.isnan()), f"{what}: NaN in other places"
+    expected, actual = expected.nan_to_num(0), actual.nan_to_num(0)
+    error = (actual - expected).abs().max().item()
+    bound = relative * max(expected.abs().max().item(), scale)
+    assert error <= bound, f"{what}: off by {error:.3g}, allowed {bound:.3g}"

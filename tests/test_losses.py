@@ -1,0 +1,319 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Backend
+from oracle import METRICS, assert_close, distances, features, leaf, masks, tolerance
+from torch import Tensor
+
+from apd_kernels import Pair, batch_hard, metric_perturbation_loss, triplet_loss
+
+
+def expected_triplet(
+    x: Tensor,
+    labels: Tensor,
+    y: Tensor | None = None,
+    y_labels: Tensor | None = None,
+    margin: float | None = 0.3,
+    reverse: bool = False,
+    metric: str = "euclidean",
+) -> Tensor:
+    """The loss from the whole distance matrix in float64."""
+    d = distances(x, x if y is None else y, metric)
+    positive, negative = masks(labels, y_labels)
+    valid = positive.any(1) & negative.any(1)
+    farthest = d.masked_fill(~positive, -torch.inf).amax(1)[valid]
+    nearest = d.masked_fill(~negative, torch.inf).amin(1)[valid]
+    gap = nearest - farthest if reverse else farthest - nearest
+    terms = F.softplus(gap) if margin is None else (gap + margin).clamp(min=0)
+    return terms.sum() / max(1, len(terms))
+
+
+# Every value of every option, each pair of options at least once.
+OPTIONS = [
+    (0.3, False, "euclidean", False),
+    (None, True, "euclidean", True),
+    (0.0, True, "sqeuclidean", False),
+    (None, False, "sqeuclidean", True),
+    (0.3, True, "cosine", True),
+    (None, False, "cosine", False),
+    (0.3, False, "dot", True),
+    (None, True, "dot", False),
+]
+
+
+@pytest.mark.parametrize(("margin", "reverse", "metric", "memory"), OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_triplet_matches_float64(
+    backend: Backend, dtype: torch.dtype, margin: float | None, reverse: bool, metric: str, memory: bool
+) -> None:
+    if backend.name == "triton" and dtype == torch.float64:
+        pytest.skip("float64 is served by the PyTorch path")
+    x, labels = features(37, 20, dtype=dtype)
+    rows, row_labels = features(50, 20, dtype=dtype, seed=1, identities=12) if memory else (None, None)
+    a, b = leaf(x, backend.device), None if rows is None else leaf(rows, backend.device)
+    here = [None if t is None else t.to(backend.device) for t in (labels, row_labels)]
+    loss, indices = triplet_loss(
+        a, here[0], b, here[1], margin=margin, reverse=reverse, metric=metric, return_indices=True
+    )
+    (3 * loss).backward()
+
+    p, q = leaf(x, dtype=torch.float64), None if rows is None else leaf(rows, dtype=torch.float64)
+    expected = expected_triplet(p, labels, q, row_labels, margin, reverse, metric)
+    (3 * expected).backward()
+    relative = 5 * tolerance(dtype)
+    assert_close(loss, expected, relative, "loss", scale=1.0)  # rounded like the distances, which are near 1 or larger
+    rounding = 1e-3 if dtype == torch.float16 else 10 * tolerance(dtype)
+    assert_close(a.grad, p.grad, rounding, "gradient of x")
+    if b is not None:
+        assert_close(b.grad, q.grad, rounding, "gradient of y")
+
+    # The same winners given back: the same loss and gradient, bit for bit.
+    c = leaf(x, backend.device)
+    again = triplet_loss(
+        c, here[0], b, here[1], margin=margin, reverse=reverse, metric=metric, indices=indices, return_indices=False
+    )
+    (3 * again).backward()
+    assert torch.equal(again, loss)
+    assert torch.equal(c.grad, a.grad)
+
+
+def test_triplet_shares_one_mining(backend: Backend) -> None:
+    """Winners mined on one set of features, the loss taken on another: what SP-Net's three losses do."""
+    x, labels = features(24, 16, dtype=torch.float32)
+    f, _ = features(24, 16, dtype=torch.float32, seed=9)
+    labels = labels.to(backend.device)
+    mined = batch_hard(x.to(backend.device), labels)
+    a = leaf(f, backend.device)
+    loss = triplet_loss(a, labels, indices=mined.indices, margin=None)
+    loss.backward()
+    b = leaf(f, dtype=torch.float64)
+    positive, negative = (b - b[index.cpu()] for index in mined.indices)
+    terms = F.softplus(positive.norm(dim=1) - negative.norm(dim=1))
+    expected = terms[mined.valid.cpu()].mean()
+    expected.backward()
+    assert_close(loss, expected, 1e-6)
+    assert_close(a.grad, b.grad, 1e-5)
+
+
+def test_triplet_sets(backend: Backend) -> None:
+    """(S, N, D) gives one loss a set, with gradients of their own."""
+    x, labels = features(3, 20, 12, dtype=torch.float32)
+    labels = labels.to(backend.device)
+    a = leaf(x, backend.device)
+    losses = triplet_loss(a, labels, margin=None)
+    assert losses.shape == (3,)
+    (losses * torch.tensor([1.0, 2.0, 3.0], device=backend.device)).sum().backward()
+    for s in range(3):
+        b = leaf(x[s], backend.device)
+        alone = triplet_loss(b, labels, margin=None)
+        ((s + 1) * alone).backward()
+        assert_close(losses[s], alone, 1e-6)
+        assert_close(a.grad[s], b.grad, 1e-6)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_triplet_without_valid_anchors(backend: Backend, count: int) -> None:
+    """No positives, no negatives, nobody: loss 0 and gradient 0, never NaN."""
+    for labels in (torch.arange(count), torch.zeros(count, dtype=torch.int64)):
+        a = torch.randn(count, 6, device=backend.device, requires_grad=True)
+        loss = triplet_loss(a, labels.to(backend.device))
+        loss.backward()
+        assert loss.item() == 0
+        assert torch.equal(a.grad, torch.zeros_like(a))
+
+
+def test_triplet_of_duplicates(backend: Backend) -> None:
+    """All rows equal: distance 0 everywhere, loss = margin, gradient 0."""
+    a = torch.ones(8, 5, device=backend.device, requires_grad=True)
+    loss = triplet_loss(a, torch.arange(8, device=backend.device) // 2, margin=0.25)
+    loss.backward()
+    assert loss.item() == 0.25
+    assert torch.equal(a.grad, torch.zeros_like(a))
+
+
+def test_triplet_shows_nan(backend: Backend) -> None:
+    """A NaN feature gives a NaN loss with a hinge as with a soft margin: it is never clamped away."""
+    x, _ = features(8, 5, dtype=torch.float32)
+    labels = torch.arange(8, device=backend.device) // 2
+    x[3, 2] = float("nan")
+    for margin in (0.3, None):
+        assert triplet_loss(x.to(backend.device), labels, margin=margin).isnan()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_triplet_gradcheck(metric: str) -> None:
+    x, labels = features(9, 5)
+    y, y_labels = features(8, 5, seed=1, identities=3)
+    x.requires_grad_()
+    y.requires_grad_()
+    for margin, reverse in ((0.3, False), (None, True)):
+        assert torch.autograd.gradcheck(
+            lambda a, m=margin, r=reverse: triplet_loss(a, labels, margin=m, reverse=r, metric=metric), (x,)
+        )
+        assert torch.autograd.gradcheck(
+            lambda a, b, m=margin, r=reverse: triplet_loss(a, labels, b, y_labels, margin=m, reverse=r, metric=metric),
+            (x, y),
+        )
+
+
+def test_triplet_compiles_in_one_graph(backend: Backend) -> None:
+    x, labels = features(24, 12, dtype=torch.float32)
+    labels = labels.to(backend.device)
+
+    def function(a: Tensor) -> Tensor:
+        loss, indices = triplet_loss(a, labels, return_indices=True)
+        return loss + 0.5 * triplet_loss(a.flip(-1), labels, indices=indices, reverse=True, margin=None)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    a, b = leaf(x, backend.device), leaf(x, backend.device)
+    compiled(a).backward()
+    function(b).backward()
+    assert torch.equal(a.grad, b.grad)
+
+
+def test_triplet_under_autocast(backend: Backend) -> None:
+    """Autocast changes nothing: inputs are taken as they come and computed in float32."""
+    x, labels = features(24, 12, dtype=torch.float32)
+    x, labels = x.to(backend.device), labels.to(backend.device)
+    with torch.autocast(backend.device, dtype=torch.bfloat16):
+        assert torch.equal(triplet_loss(x, labels), triplet_loss(x, labels).float())
+        inside = triplet_loss(x, labels)
+    assert torch.equal(inside, triplet_loss(x, labels))
+
+
+def _golden(folder: Path, name: str) -> list[tuple[str, dict[str, np.ndarray]]]:
+    with np.load(folder / "golden" / f"{name}.npz", allow_pickle=False) as file:
+        return [
+            (str(case), {key.partition("__")[2]: file[key] for key in file if key.startswith(f"{case}__")})
+            for case in file["cases"]
+        ]
+
+
+@pytest.mark.parametrize("peer", ["transreid", "torchreid", "bau", "strongbaseline"])
+def test_triplet_equals_other_projects(real_data: Path, peer: str) -> None:
+    """The batch-hard losses of other code bases, from their own float64 outputs: value and gradient.
+
+    They count an anchor as its own positive, which matters only where an identity is alone in the batch; those cases
+    are left to their drop-ins.
+    """
+    compared = 0
+    for case, arrays in _golden(real_data, f"{peer}_TripletLoss"):
+        labels = torch.from_numpy(arrays["labels"])
+        if torch.bincount(labels).eq(1).any():
+            continue
+        for tag, margin in (("_m0.3", 0.3), ("_mNone", None)):
+            if f"loss{tag}_f64" not in arrays:
+                continue
+            x = torch.from_numpy(arrays["embeddings"]).double().requires_grad_()
+            loss = triplet_loss(x, labels, margin=margin)
+            loss.backward()
+            assert loss.item() == pytest.approx(float(arrays[f"loss{tag}_f64"]), rel=1e-8), case
+            if f"grad{tag}_f64" in arrays:  # not saved where exact ties leave the gradient open
+                assert_close(x.grad, torch.from_numpy(arrays[f"grad{tag}_f64"]), 1e-8, case)
+            compared += 1
+    assert compared > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"margin": -0.1}, ValueError, r"margin: expected a finite number of at least 0, got -0.1"),
+        ({"margin": "0.3"}, TypeError, r"margin: expected a number, got str"),
+        ({"margin": float("nan")}, ValueError, r"margin: expected a finite number"),
+        ({"indices": 3}, TypeError, r"indices: expected a pair of tensors"),
+        ({"indices": (torch.zeros(4), torch.zeros(4))}, TypeError, r"indices.positive: expected an int64 tensor, got torch.float32"),
+        ({"indices": Pair(torch.zeros(3).long(), torch.zeros(4).long())}, ValueError, r"indices.positive: expected shape \(4,\) on cpu, got \(3,\)"),
+        ({"y_labels": torch.zeros(4).long()}, ValueError, r"y: expected with y_labels, got None"),
+    ],
+)  # fmt: skip
+def test_triplet_bad_input(change: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        triplet_loss(torch.zeros(4, 2), torch.arange(4), **change)
+
+
+def expected_perturbation(perturbed: Tensor, negatives: Tensor, original: Tensor) -> Tensor:
+    """APD, eq. 3, term by term."""
+    terms = [
+        F.softplus((perturbed[i] - negatives[i, j]).norm() - (perturbed[i] - original[i]).norm())
+        for i in range(negatives.shape[0])
+        for j in range(negatives.shape[1])
+    ]
+    return torch.stack(terms).mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("n", "m", "d"), [(1, 1, 1), (7, 3, 37), (5, 1, 260)])
+def test_perturbation_matches_float64(backend: Backend, dtype: torch.dtype, n: int, m: int, d: int) -> None:
+    if backend.name == "triton" and dtype == torch.float64:
+        pytest.skip("float64 is served by the PyTorch path")
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(*shape, generator=generator).to(dtype) for shape in ((n, d), (n, m, d), (n, d))]
+    ours = [leaf(t, backend.device) for t in inputs]
+    oracle = [leaf(t, dtype=torch.float64) for t in inputs]
+    loss, expected = metric_perturbation_loss(*ours), expected_perturbation(*oracle)
+    (2 * loss).backward()
+    (2 * expected).backward()
+    assert_close(loss, expected, 5 * tolerance(dtype))
+    rounding = 1e-3 if dtype == torch.float16 else 10 * tolerance(dtype)
+    for a, b, what in zip(ours, oracle, ("perturbed", "negatives", "original"), strict=True):
+        assert_close(a.grad, b.grad, rounding, f"gradient of {what}")
+
+
+def test_perturbation_forms(backend: Backend) -> None:
+    """(N, D) negatives are (N, 1, D); strided and expanded inputs; one input alone may want a gradient; empty is 0."""
+    generator = torch.Generator().manual_seed(0)
+    p, o, n = (torch.randn(6, 12, generator=generator).to(backend.device) for _ in range(3))
+    loss = metric_perturbation_loss(p, n, o)
+    assert torch.equal(loss, metric_perturbation_loss(p, n[:, None], o))
+    assert_close(metric_perturbation_loss(p, n[:, None].expand(6, 4, 12), o), loss, 1e-6)
+    wide = torch.zeros(6, 30, device=backend.device)
+    wide[:, 3:15] = p
+    assert torch.equal(metric_perturbation_loss(wide[:, 3:15], n.t().contiguous().t(), o), loss)
+    for position in range(3):
+        inputs = [p, n, o]
+        inputs[position] = inputs[position].clone().requires_grad_()
+        metric_perturbation_loss(*inputs).backward()
+        assert inputs[position].grad.abs().sum() > 0
+    for shape in ((0, 4, 12), (6, 0, 12)):
+        empty = metric_perturbation_loss(p[: shape[0]], torch.zeros(shape, device=backend.device), o[: shape[0]])
+        assert empty.item() == 0
+
+
+def test_perturbation_at_its_original(backend: Backend) -> None:
+    """At the start p = o: the gradient of d(p, o) at 0 is 0, so only the pull of the negatives is left."""
+    p = leaf(torch.ones(3, 4), backend.device)
+    n = torch.zeros(3, 4, device=backend.device)
+    loss = metric_perturbation_loss(p, n, p.detach())
+    loss.backward()
+    assert_close(loss, torch.tensor(np.log1p(np.exp(2.0))), 1e-6)
+    assert_close(p.grad, torch.full((3, 4), float(1 / (1 + np.exp(-2.0)) * 0.5 / 3)), 1e-6)
+
+
+def test_perturbation_gradcheck_and_graph(backend: Backend) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, 5), (3, 2, 5), (3, 5))
+    if backend.name == "torch":
+        inputs = [torch.randn(shape, generator=generator, dtype=torch.float64).to(backend.device).requires_grad_() for shape in shapes]
+        assert torch.autograd.gradcheck(metric_perturbation_loss, inputs)
+    inputs = [torch.randn(shape, generator=generator).to(backend.device).requires_grad_() for shape in shapes]
+    compiled = torch.compile(metric_perturbation_loss, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*inputs), metric_perturbation_loss(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((4, 2), (3, 2), (4, 2)), r"negatives: expected shape \(4, 2\) or \(4, M, 2\), got \(3, 1, 2\)"),
+        (((4, 2), (4, 3, 5), (4, 2)), r"negatives: expected shape \(4, 2\) or \(4, M, 2\), got \(4, 3, 5\)"),
+        (((4, 2), (4, 2), (3, 2)), r"original: expected shape \(4, 2\), got \(3, 2\)"),
+        (((1, 4, 2), (4, 2), (4, 2)), r"perturbed: expected shape \(N, D\), got \(1, 4, 2\)"),
+    ],
+)
+def test_perturbation_bad_input(shapes: tuple[tuple[int, ...], ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        metric_perturbation_loss(*(torch.zeros(shape) for shape in shapes))

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import Backend
+from oracle import METRICS, assert_close, distances, features, leaf, masks, tolerance
+from torch import Tensor
+
+from apd_kernels import HardPairs, batch_hard
+
+
+def best(d: Tensor, labels: Tensor, y_labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Farthest positive and nearest negative distance of each anchor (0 where there is none), and validity."""
+    positive, negative = masks(labels, y_labels)
+    if d.shape[-1] == 0:
+        nothing = d.new_zeros(d.shape[:-1])
+        return nothing, nothing, nothing.bool()
+    farthest = d.masked_fill(~positive, -torch.inf).amax(-1)
+    nearest = d.masked_fill(~negative, torch.inf).amin(-1)
+    has_positive, has_negative = positive.any(-1), negative.any(-1)
+    return (
+        torch.where(has_positive, farthest, 0),
+        torch.where(has_negative, nearest, 0),
+        (has_positive & has_negative).expand(d.shape[:-1]),
+    )
+
+
+def check(mined: HardPairs, x: Tensor, labels: Tensor, y: Tensor | None, y_labels: Tensor | None, metric: str, relative: float) -> None:
+    """The winners are as good as the best in float64 (equally good ones may differ), of the right identity."""
+    d = distances(x, x if y is None else y, metric)
+    farthest, nearest, valid = best(d, labels, y_labels)
+    positive, negative = masks(labels, y_labels)
+    assert torch.equal(mined.valid.cpu(), valid)
+    for distance, index, expected, mask in (
+        (mined.distances.positive, mined.indices.positive.cpu(), farthest, positive),
+        (mined.distances.negative, mined.indices.negative.cpu(), nearest, negative),
+    ):
+        assert_close(distance, expected, relative)
+        exists = mask.any(-1).expand(index.shape)
+        assert torch.equal(index >= 0, exists)
+        assert torch.equal(index[~exists], torch.full_like(index[~exists], -1))
+        if d.shape[-1]:
+            chosen = d.gather(-1, index.clamp(min=0)[..., None])[..., 0]
+            assert_close(torch.where(exists, chosen, 0), expected, relative, "distance of the chosen row")
+            assert mask.expand(d.shape).gather(-1, index.clamp(min=0)[..., None])[..., 0][exists].all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_matches_float64(backend: Backend, dtype: torch.dtype, metric: str) -> None:
+    """Winners, distances and the gradient of both, within a batch and against other rows."""
+    if backend.name == "triton" and dtype == torch.float64:
+        pytest.skip("float64 is served by the PyTorch path")
+    x, labels = features(37, 50, dtype=dtype)
+    y, y_labels = features(70, 50, dtype=dtype, seed=1, identities=12)
+    for rows, row_labels in ((None, None), (y, y_labels)):
+        a, b = leaf(x, backend.device), None if rows is None else leaf(rows, backend.device)
+        moved = None if row_labels is None else row_labels.to(backend.device)
+        mined = batch_hard(a, labels.to(backend.device), b, moved, metric=metric)
+        relative = 5 * tolerance(dtype)
+        check(mined, x, labels, rows, row_labels, metric, relative)
+        weights = torch.randn(2, 37, generator=torch.manual_seed(0), dtype=torch.float64)
+        (mined.distances.positive * weights[0].to(a) + mined.distances.negative * weights[1].to(a)).sum().backward()
+
+        p, q = leaf(x, dtype=torch.float64), None if rows is None else leaf(rows, dtype=torch.float64)
+        d = distances(p, p if q is None else q, metric)
+        for side, index in enumerate(mined.indices):
+            chosen = d.gather(-1, index.cpu().clamp(min=0)[:, None])[:, 0]
+            (chosen * weights[side] * (index.cpu() >= 0)).sum().backward(retain_graph=True)
+        rounding = 1e-3 if dtype == torch.float16 else 5 * tolerance(dtype)
+        assert_close(a.grad, p.grad, rounding, "gradient of x")
+        if b is not None:
+            assert_close(b.grad, q.grad, rounding, "gradient of y")
+
+
+@pytest.mark.parametrize(("n", "m"), [(0, 0), (1, 0), (0, 3), (1, 1), (1, 199), (70, 65)])
+def test_sizes(backend: Backend, n: int, m: int) -> None:
+    """Odd sizes, a lone anchor, nothing to choose from: what is missing is -1, 0 and not valid, never an error."""
+    x, labels = features(n, 7, dtype=torch.float32) if n else (torch.zeros(0, 7), torch.zeros(0, dtype=torch.int64))
+    y, y_labels = features(m, 7, dtype=torch.float32, seed=1) if m else (torch.zeros(0, 7), torch.zeros(0, dtype=torch.int64))
+    for rows, row_labels in ((None, None), (y, y_labels)):
+        a = leaf(x, backend.device)
+        b = None if rows is None else rows.to(backend.device)
+        mined = batch_hard(
+            a, labels.to(backend.device), b, None if row_labels is None else row_labels.to(backend.device)
+        )
+        check(mined, x, labels, rows, row_labels, "euclidean", 1e-5)
+        (mined.distances.positive.sum() + mined.distances.negative.sum()).backward()
+        assert not a.grad.isnan().any()
+
+
+def test_sets_strides_and_label_types(backend: Backend) -> None:
+    """(S, N, D) shares the labels; strided rows and any integer type give the same bits."""
+    x, labels = features(3, 24, 40, dtype=torch.float32)
+    x, labels = x.to(backend.device), labels.to(backend.device)
+    sets = batch_hard(x, labels)
+    for s in range(3):
+        alone = batch_hard(x[s], labels)
+        assert torch.equal(alone.indices.positive, sets.indices.positive[s])
+        assert torch.equal(alone.indices.negative, sets.indices.negative[s])
+        assert_close(alone.distances.negative, sets.distances.negative[s], 1e-6)
+    wide = torch.full((24, 50), float("nan"), device=backend.device)
+    wide[:, 5:45] = x[0]
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        strided = batch_hard(wide[:, 5:45], labels.to(dtype))
+        assert torch.equal(strided.indices.positive, sets.indices.positive[0])
+
+
+def test_ties_go_to_the_lowest_index(backend: Backend) -> None:
+    """Exact duplicates far apart in the batch, so that they fall into different tiles and splits."""
+    x = torch.zeros(150, 8)
+    x[:, 0] = torch.arange(150) % 3
+    labels = torch.arange(150) // 75
+    mined = batch_hard(x.to(backend.device), labels.to(backend.device))
+    # Anchor at 0: farthest positive is the first 2 of its identity; anchor at 1: the first 0 or 2; at 2: the first 0.
+    first = torch.tensor([2, 0, 0]).repeat(50) + 75 * labels
+    assert torch.equal(mined.indices.positive.cpu(), first)
+    nearest = torch.tensor([0, 1, 2]).repeat(50) + 75 * (1 - labels)
+    assert torch.equal(mined.indices.negative.cpu(), nearest)
+    assert torch.equal(mined.distances.negative.cpu(), torch.zeros(150))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_nan_rows_win_and_show(backend: Backend, metric: str) -> None:
+    """A NaN row wins for everybody who can choose it, with distance NaN; the others' lowest index wins for itself."""
+    x, _ = features(12, 9, dtype=torch.float32)
+    labels = torch.arange(12) // 4
+    x[5, 3] = float("nan")
+    mined = batch_hard(x.to(backend.device), labels.to(backend.device), metric=metric)
+    positive, negative = mined.indices.positive.cpu(), mined.indices.negative.cpu()
+    assert positive[[4, 6, 7]].tolist() == [5, 5, 5]
+    assert negative[[0, 1, 2, 3, 8, 9, 10, 11]].tolist() == [5] * 8
+    assert positive[5] == 4
+    assert negative[5] == 0
+    nan = mined.distances.positive.isnan().cpu() | mined.distances.negative.isnan().cpu()
+    assert nan.all()
+    assert mined.distances.positive[[0, 8]].isfinite().all()
+
+
+def test_near_duplicates_keep_their_digits(backend: Backend) -> None:
+    """Winners' distances come from differences: pairs 1e-4 apart at norm 30 have relative error 1e-3, not 100%."""
+    x, _ = features(16, 64, dtype=torch.float64)
+    x = (x * 4).repeat_interleave(2, 0)
+    x[1::2] += 1e-5 * torch.randn(16, 64, dtype=torch.float64, generator=torch.manual_seed(3))
+    x = x.float()
+    labels = torch.arange(32) // 2
+    mined = batch_hard(x.to(backend.device), labels.to(backend.device))
+    expected = (x.double()[0::2] - x.double()[1::2]).norm(dim=1).repeat_interleave(2)
+    assert_close(mined.distances.positive, expected, 1e-6)
+
+
+def test_large_memory_in_blocks(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The PyTorch path takes anchors in blocks, the kernels take columns in splits: the same winners."""
+    monkeypatch.setattr("apd_kernels._core.rows.BLOCK_ELEMENTS", 1000)
+    x, labels = features(30, 6, dtype=torch.float32)
+    y, y_labels = features(199, 6, dtype=torch.float32, seed=4, identities=10)
+    mined = batch_hard(*(t.to(backend.device) for t in (x, labels, y, y_labels)))
+    check(mined, x, labels, y, y_labels, "euclidean", 1e-5)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_gradcheck(metric: str) -> None:
+    x, labels = features(9, 5)
+    y, y_labels = features(8, 5, seed=1, identities=3)
+    x.requires_grad_()
+    y.requires_grad_()
+    assert torch.autograd.gradcheck(lambda a: tuple(batch_hard(a, labels, metric=metric).distances), (x,))
+    assert torch.autograd.gradcheck(
+        lambda a, b: tuple(batch_hard(a, labels, b, y_labels, metric=metric).distances), (x, y)
+    )
+
+
+def test_same_bits_every_time(backend: Backend) -> None:
+    """A hub that all anchors choose: its gradient is a long sum, always in the same order."""
+    x, labels = features(65, 33, dtype=torch.float32, identities=2)
+    x[7] *= 50
+    runs = []
+    for _ in range(3):
+        a = leaf(x, backend.device)
+        mined = batch_hard(a, labels.to(backend.device))
+        (mined.distances.positive.sum() - mined.distances.negative.sum()).backward()
+        runs.append(a.grad)
+    assert torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[0], runs[2])
+
+
+def test_compiles_in_one_graph(backend: Backend) -> None:
+    x, labels = features(24, 12, dtype=torch.float32)
+    labels = labels.to(backend.device)
+
+    def function(a: Tensor) -> Tensor:
+        mined = batch_hard(a, labels[: a.shape[0]])
+        return (mined.distances.positive * mined.valid).sum()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    a, b = leaf(x, backend.device), leaf(x, backend.device)
+    compiled(a).backward()
+    function(b).backward()
+    assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((torch.zeros(4, 2), torch.zeros(3, dtype=torch.int64)), ValueError, r"labels: expected shape \(4,\), got \(3,\)"),
+        ((torch.zeros(4, 2), torch.zeros(4)), TypeError, r"labels: expected an integer dtype, got torch.float32"),
+        ((torch.zeros(4, 2), torch.zeros(4, dtype=torch.bool)), TypeError, r"labels: expected an integer dtype, got torch.bool"),
+        ((torch.zeros(4, 2), [0, 0, 1, 1]), TypeError, r"labels: expected a torch.Tensor, got list"),
+        ((torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64), torch.zeros(5, 2)), ValueError, r"y_labels: expected with y, got None"),
+        ((torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64), torch.zeros(5, 2), torch.zeros(4, dtype=torch.int64)), ValueError, r"y_labels: expected shape \(5,\), got \(4,\)"),
+    ],
+)  # fmt: skip
+def test_bad_input(arguments: tuple[object, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        batch_hard(*arguments)
