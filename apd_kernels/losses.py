@@ -12,7 +12,6 @@ from apd_kernels._core.checks import (
     check_comparable,
     check_features,
     check_floating,
-    check_integers,
     check_number,
     check_same_kind,
 )
@@ -87,7 +86,7 @@ def triplet_loss(
     >>> import torch
     >>> x = torch.tensor([[0.0], [1.0], [1.5], [9.0]])
     >>> triplet_loss(x, torch.tensor([7, 7, 8, 8]), margin=0.3)
-    tensor(2.2500)
+    tensor(2.0250)
     """
     x, y = checked_rows(x, labels, y, y_labels, metric)
     if margin is not None:
@@ -113,7 +112,8 @@ def _checked_indices(indices: tuple[Tensor, Tensor], x: Tensor) -> Pair:
             raise TypeError(f"{name}: expected an int64 tensor, got {getattr(index, 'dtype', type(index).__name__)}")
         if index.shape != x.shape[:-1] or index.device != x.device:
             raise ValueError(
-                f"{name}: expected shape {tuple(x.shape[:-1])} on {x.device}, got {tuple(index.shape)} on {index.device}"
+                f"{name}: expected shape {tuple(x.shape[:-1])} on {x.device}, "
+                f"got {tuple(index.shape)} on {index.device}"
             )
     return Pair(*indices)
 
@@ -240,7 +240,8 @@ def metric_perturbation_loss(perturbed: Tensor, negatives: Tensor, original: Ten
         negatives = negatives[:, None]
     if negatives.dim() != 3 or negatives.shape[0] != count or negatives.shape[2] != dimension:
         raise ValueError(
-            f"negatives: expected shape ({count}, {dimension}) or ({count}, M, {dimension}), got {tuple(negatives.shape)}"
+            f"negatives: expected shape ({count}, {dimension}) or ({count}, M, {dimension}), "
+            f"got {tuple(negatives.shape)}"
         )
     check_comparable("original", original, "perturbed", perturbed)
     if original.shape != perturbed.shape:

@@ -22,6 +22,19 @@ from apd_kernels._core.backend import HAS_TRITON
 _without_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a CUDA device, gpu tests are left out, or skipped where they are asked for by ``-m``."""
+    if torch.cuda.is_available():
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if "gpu" in config.option.markexpr:
+        for item in gpu:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    else:
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if item not in set(gpu)]
+
+
 @dataclass(frozen=True)
 class Backend:
     name: str
@@ -43,8 +56,6 @@ class Backend:
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Runs the test once per implementation; inside it, that implementation is named, so nothing falls back."""
     chosen: Backend = request.param
-    if chosen.device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     if chosen.interpreted and torch.cuda.is_available():
         pytest.skip("the interpreter is used where there is no CUDA device")
     with use_backend(chosen.name):
@@ -58,7 +69,11 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
         result = empty(*args, **kwargs)  # type: ignore[call-overload]
-        if isinstance(result, torch.Tensor) and result.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
+        if (
+            isinstance(result, torch.Tensor)
+            and result.device.type in ("cpu", "cuda")
+            and not torch.compiler.is_compiling()
+        ):
             if result.is_floating_point():
                 result.fill_(float("nan"))
             elif result.dtype != torch.bool:

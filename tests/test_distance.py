@@ -138,7 +138,11 @@ def test_compiles_in_one_graph(backend: Backend) -> None:
         ((torch.zeros(3, 0),), ValueError, r"x: expected at least one feature dimension, got shape \(3, 0\)"),
         ((torch.zeros(3, 2), torch.zeros(3, 4)), ValueError, r"y: expected shape \(M, 2\), got \(3, 4\)"),
         ((torch.zeros(2, 3, 2), torch.zeros(1, 3, 2)), ValueError, r"y: expected shape \(2, M, 2\), got \(1, 3, 2\)"),
-        ((torch.zeros(3, 2), torch.zeros(3, 2).double()), TypeError, r"y: expected torch.float32 as x, got torch.float64"),
+        (
+            (torch.zeros(3, 2), torch.zeros(3, 2).double()),
+            TypeError,
+            r"y: expected torch.float32 as x, got torch.float64",
+        ),
         ((torch.zeros(3, 2), torch.zeros(3, 2, device="meta")), ValueError, r"y: expected device cpu as x, got meta"),
     ],
 )

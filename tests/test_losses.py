@@ -219,6 +219,9 @@ def test_triplet_equals_other_projects(real_data: Path, peer: str) -> None:
     assert compared > 0
 
 
+INDEX = torch.zeros(4, dtype=torch.int64)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -226,11 +229,19 @@ def test_triplet_equals_other_projects(real_data: Path, peer: str) -> None:
         ({"margin": "0.3"}, TypeError, r"margin: expected a number, got str"),
         ({"margin": float("nan")}, ValueError, r"margin: expected a finite number"),
         ({"indices": 3}, TypeError, r"indices: expected a pair of tensors"),
-        ({"indices": (torch.zeros(4), torch.zeros(4))}, TypeError, r"indices.positive: expected an int64 tensor, got torch.float32"),
-        ({"indices": Pair(torch.zeros(3).long(), torch.zeros(4).long())}, ValueError, r"indices.positive: expected shape \(4,\) on cpu, got \(3,\)"),
+        (
+            {"indices": (torch.zeros(4), INDEX)},
+            TypeError,
+            r"indices.positive: expected an int64 tensor, got torch.float",
+        ),
+        (
+            {"indices": Pair(INDEX, INDEX[:3])},
+            ValueError,
+            r"indices.negative: expected shape \(4,\) on cpu, got \(3,\)",
+        ),
         ({"y_labels": torch.zeros(4).long()}, ValueError, r"y: expected with y_labels, got None"),
     ],
-)  # fmt: skip
+)
 def test_triplet_bad_input(change: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         triplet_loss(torch.zeros(4, 2), torch.arange(4), **change)
@@ -298,7 +309,10 @@ def test_perturbation_gradcheck_and_graph(backend: Backend) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = ((3, 5), (3, 2, 5), (3, 5))
     if backend.name == "torch":
-        inputs = [torch.randn(shape, generator=generator, dtype=torch.float64).to(backend.device).requires_grad_() for shape in shapes]
+        inputs = [
+            torch.randn(shape, generator=generator, dtype=torch.float64).to(backend.device).requires_grad_()
+            for shape in shapes
+        ]
         assert torch.autograd.gradcheck(metric_perturbation_loss, inputs)
     inputs = [torch.randn(shape, generator=generator).to(backend.device).requires_grad_() for shape in shapes]
     compiled = torch.compile(metric_perturbation_loss, fullgraph=True, backend="aot_eager")

@@ -25,7 +25,9 @@ def best(d: Tensor, labels: Tensor, y_labels: Tensor | None) -> tuple[Tensor, Te
     )
 
 
-def check(mined: HardPairs, x: Tensor, labels: Tensor, y: Tensor | None, y_labels: Tensor | None, metric: str, relative: float) -> None:
+def check(
+    mined: HardPairs, x: Tensor, labels: Tensor, y: Tensor | None, y_labels: Tensor | None, metric: str, relative: float
+) -> None:
     """The winners are as good as the best in float64 (equally good ones may differ), of the right identity."""
     d = distances(x, x if y is None else y, metric)
     farthest, nearest, valid = best(d, labels, y_labels)
@@ -77,7 +79,9 @@ def test_matches_float64(backend: Backend, dtype: torch.dtype, metric: str) -> N
 def test_sizes(backend: Backend, n: int, m: int) -> None:
     """Odd sizes, a lone anchor, nothing to choose from: what is missing is -1, 0 and not valid, never an error."""
     x, labels = features(n, 7, dtype=torch.float32) if n else (torch.zeros(0, 7), torch.zeros(0, dtype=torch.int64))
-    y, y_labels = features(m, 7, dtype=torch.float32, seed=1) if m else (torch.zeros(0, 7), torch.zeros(0, dtype=torch.int64))
+    y, y_labels = (
+        features(m, 7, dtype=torch.float32, seed=1) if m else (torch.zeros(0, 7), torch.zeros(0, dtype=torch.int64))
+    )
     for rows, row_labels in ((None, None), (y, y_labels)):
         a = leaf(x, backend.device)
         b = None if rows is None else rows.to(backend.device)
@@ -199,17 +203,20 @@ def test_compiles_in_one_graph(backend: Backend) -> None:
     assert torch.equal(a.grad, b.grad)
 
 
+FOUR, LABELS = torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((torch.zeros(4, 2), torch.zeros(3, dtype=torch.int64)), ValueError, r"labels: expected shape \(4,\), got \(3,\)"),
-        ((torch.zeros(4, 2), torch.zeros(4)), TypeError, r"labels: expected an integer dtype, got torch.float32"),
-        ((torch.zeros(4, 2), torch.zeros(4, dtype=torch.bool)), TypeError, r"labels: expected an integer dtype, got torch.bool"),
-        ((torch.zeros(4, 2), [0, 0, 1, 1]), TypeError, r"labels: expected a torch.Tensor, got list"),
-        ((torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64), torch.zeros(5, 2)), ValueError, r"y_labels: expected with y, got None"),
-        ((torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64), torch.zeros(5, 2), torch.zeros(4, dtype=torch.int64)), ValueError, r"y_labels: expected shape \(5,\), got \(4,\)"),
+        ((FOUR, LABELS[:3]), ValueError, r"labels: expected shape \(4,\), got \(3,\)"),
+        ((FOUR, LABELS.float()), TypeError, r"labels: expected an integer dtype, got torch.float32"),
+        ((FOUR, LABELS.bool()), TypeError, r"labels: expected an integer dtype, got torch.bool"),
+        ((FOUR, [0, 0, 1, 1]), TypeError, r"labels: expected a torch.Tensor, got list"),
+        ((FOUR, LABELS, torch.zeros(5, 2)), ValueError, r"y_labels: expected with y, got None"),
+        ((FOUR, LABELS, torch.zeros(5, 2), LABELS), ValueError, r"y_labels: expected shape \(5,\), got \(4,\)"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(arguments: tuple[object, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         batch_hard(*arguments)

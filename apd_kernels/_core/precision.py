@@ -26,7 +26,6 @@ def resolve_precision(precision: str | None) -> str:
     return _switch()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _switch() -> str:
     # The legacy getter raises once the new API has been used, so the new one is asked first.
     switch = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
@@ -36,3 +35,8 @@ def _switch() -> str:
         except RuntimeError:
             switch = "none"
     return _OF_SWITCH[switch]
+
+
+# What torch.compiler.assume_constant_result sets: a compiled graph keeps the switch that it was traced under. Calling
+# that function would import torch._dynamo, 1.4 s that a user who never compiles should not pay.
+_switch._dynamo_marked_constant = True  # type: ignore[attr-defined]

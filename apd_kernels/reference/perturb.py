@@ -47,7 +47,7 @@ def metric_perturb(
         if norm == "l2":
             offset = moved + step * unit_rows(gradient) - start
             length = torch.linalg.vector_norm(offset, dim=-1, keepdim=True)
-            # A ball of radius 0 (a zero row, "relative") gives 0/0; a NaN length is no longer than the radius and stays.
+            # A ball of radius 0 (a zero row, "relative") gives 0/0; a NaN length is not above the radius and stays.
             offset = offset * (radius / torch.where(length > radius, length, radius)).nan_to_num(0)
         else:
             direction = torch.where(gradient.isnan(), gradient, gradient.sign())

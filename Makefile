@@ -1,0 +1,35 @@
+# Every task sets up its own environment in .venv; the first one takes a few minutes, most of them for PyTorch.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.PHONY: help demo test bench lint clean
+.DEFAULT_GOAL := help
+
+help:  ## list the tasks
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { echo "No venv module: install it (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[all]'
+	@touch $@
+
+demo: $(READY)  ## evaluation, gallery search and metric_perturb on generated features; writes a table and a plot
+	$(BIN)/apd demo
+
+lint: $(READY)  ## ruff (lint and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint  ## lint, then every test that needs no GPU (on a CUDA machine: also those that do)
+	$(BIN)/pytest -n auto
+
+bench: $(READY)  ## the benchmark suites: small sizes on the CPU, full sizes on CUDA
+	$(BIN)/pytest benchmarks/ --benchmark-only
+
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .benchmarks build *.egg-info

@@ -1,0 +1,146 @@
+"""Backend choice, and what importing the package costs and needs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from apd_kernels import pairwise_distance, use_backend
+from apd_kernels._core import backend as backend_module
+from apd_kernels._core.backend import resolve_backend
+from apd_kernels._core.precision import resolve_precision
+
+
+def test_automatic_choice_on_the_cpu() -> None:
+    assert resolve_backend(torch.zeros(1)) == "torch"
+
+
+@pytest.mark.gpu
+def test_automatic_choice_on_a_gpu() -> None:
+    assert resolve_backend(torch.zeros(1, device="cuda")) == "triton"
+    assert resolve_backend(torch.zeros(1, device="cuda", dtype=torch.float64)) == "torch"
+
+
+def test_named_backend_is_nested_and_restored() -> None:
+    with use_backend("torch"):
+        assert backend_module.named_backend() == "torch"
+        with contextlib.suppress(ZeroDivisionError), use_backend("triton"):
+            assert backend_module.named_backend() == "triton"
+            _ = 1 / 0
+        assert backend_module.named_backend() == "torch"
+    assert backend_module.named_backend() is None
+
+
+def test_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match=r"name: expected 'triton' or 'torch', got 'cuda'"), use_backend("cuda"):
+        pass
+    with use_backend("triton"):
+        monkeypatch.setattr(backend_module, "HAS_TRITON", True)
+        monkeypatch.setattr(backend_module, "INTERPRETED", False)
+        with pytest.raises(RuntimeError, match="expected CUDA tensors, got cpu"):
+            pairwise_distance(x)
+        monkeypatch.setattr(backend_module, "INTERPRETED", True)
+        with pytest.raises(TypeError, match="float64 is served by the 'torch' backend only"):
+            pairwise_distance(x.double())
+        monkeypatch.setattr(backend_module, "HAS_TRITON", False)
+        with pytest.raises(RuntimeError, match="triton is not installed"):
+            pairwise_distance(x)
+
+
+def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {key: value for key, value in os.environ.items() if key not in ("APD_KERNELS_BACKEND", "TRITON_INTERPRET")}
+    return subprocess.run([sys.executable, "-c", code], env={**clean, **environment}, capture_output=True, text=True)
+
+
+def test_environment_variable_names_the_backend() -> None:
+    code = "import torch, apd_kernels; apd_kernels.pairwise_distance(torch.zeros(2, 2)); print('served')"
+    assert "served" in _python(code, APD_KERNELS_BACKEND="torch").stdout
+    assert "backend 'triton'" in _python(code, APD_KERNELS_BACKEND="triton").stderr
+    assert (
+        "APD_KERNELS_BACKEND: expected 'triton' or 'torch', got 'cuda'"
+        in _python(code, APD_KERNELS_BACKEND="cuda").stderr
+    )
+
+
+def test_imports_and_runs_without_triton_and_faiss() -> None:
+    code = """
+import importlib.util, sys
+find = importlib.util.find_spec
+hidden = ("triton", "faiss")
+importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] in hidden else find(name, *rest)
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in hidden:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hide())
+import torch, apd_kernels
+x = torch.randn(8, 4, requires_grad=True)
+apd_kernels.triplet_loss(x, torch.arange(8) // 2).backward()
+print(x.grad.shape)
+"""
+    result = _python(code)
+    assert "torch.Size([8, 4])" in result.stdout, result.stderr
+
+
+def test_import_is_quick_and_lean() -> None:
+    """Under half a second beyond torch's own import, and neither faiss nor a kernel is loaded."""
+    code = """
+import time, torch
+start = time.perf_counter()
+import apd_kernels
+print(time.perf_counter() - start)
+import sys
+print([name for name in sys.modules if name.startswith(("faiss", "apd_kernels.kernels"))])
+"""
+    outputs = [_python(code).stdout.splitlines() for _ in range(3)]
+    assert min(float(lines[0]) for lines in outputs) < 0.5
+    assert outputs[0][1] == "[]"
+
+
+def test_precision_follows_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The argument wins; otherwise the newer switch, then the older one."""
+    assert resolve_precision("bf16") == "bf16"
+    for switch, expected in (("ieee", "fp32"), ("tf32", "tf32")):
+        assert (
+            _python(
+                f"import torch; torch.backends.cuda.matmul.fp32_precision = {switch!r}\n"
+                "from apd_kernels._core.precision import resolve_precision; print(resolve_precision(None))"
+            ).stdout.strip()
+            == expected
+        )
+    for switch, expected in (("highest", "fp32"), ("high", "tf32")):
+        assert (
+            _python(
+                f"import torch; torch.set_float32_matmul_precision({switch!r})\n"
+                "from apd_kernels._core.precision import resolve_precision; print(resolve_precision(None))"
+            ).stdout.strip()
+            == expected
+        )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Inductor on the CPU needs a C++ compiler")
+def test_inductor_compiles_a_training_step() -> None:
+    """The default torch.compile backend, once, with everything in one graph."""
+    import shutil
+
+    if not shutil.which("g++") and not shutil.which("clang++"):
+        pytest.skip("Inductor on the CPU needs a C++ compiler")
+    from apd_kernels import metric_perturb, triplet_loss
+
+    x = torch.randn(16, 8, requires_grad=True)
+    labels = torch.arange(16) // 4
+
+    def step(z: torch.Tensor) -> torch.Tensor:
+        hard = metric_perturb(z, labels, epsilon=0.1, steps=2)
+        return triplet_loss(z, labels) + 0.1 * triplet_loss(hard, labels, margin=None)
+
+    torch.compile(step, fullgraph=True)(x).backward()
+    compiled, x.grad = x.grad, None
+    step(x).backward()
+    torch.testing.assert_close(compiled, x.grad)

@@ -1,0 +1,755 @@
+"""The gallery against a float64 search by sorting, and its folder against damage and interruption."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from apd_kernels import Gallery, GalleryError, SearchResult, pairwise_distance
+from apd_kernels import gallery as gallery_module
+from apd_kernels._core import folder
+from apd_kernels.distance import METRICS
+
+faiss = pytest.importorskip("faiss")
+
+
+def _rows(n: int, d: int = 24, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _integer_rows(n: int, d: int = 5, seed: int = 0) -> Tensor:
+    """Few distinct values: many ties, and every metric but "cosine" is exact."""
+    return torch.randint(-2, 3, (n, d), generator=torch.Generator().manual_seed(seed)).float()
+
+
+def _distances(rows: Tensor, queries: Tensor, metric: str) -> Tensor:
+    x, y = queries.float().double(), rows.float().double()
+    if metric in ("euclidean", "sqeuclidean"):
+        squared = ((x[:, None] - y[None]) ** 2).sum(-1)
+        return squared.sqrt() if metric == "euclidean" else squared
+    return pairwise_distance(x, y, metric=metric)
+
+
+def _exact(rows: Tensor, queries: Tensor, k: int, metric: str, left_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The k nearest by a stable sort of float64 distances."""
+    distances = _distances(rows, queries, metric)
+    if left_out is not None:
+        distances[left_out] = torch.inf
+    distances, indices = distances.sort(dim=1, stable=True)
+    indices[distances == torch.inf] = -1
+    missing = max(0, k - len(rows))
+    distances = torch.nn.functional.pad(distances[:, :k], (0, missing), value=torch.inf)
+    return distances, torch.nn.functional.pad(indices[:, :k], (0, missing), value=-1)
+
+
+def _assert_same(found: SearchResult, expected: SearchResult) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("n", [0, 1, 37, 199, 700])
+@pytest.mark.parametrize("q", [0, 1, 37])
+def test_equals_sorting(metric: str, n: int, q: int) -> None:
+    rows, queries = _rows(n), _rows(q, seed=1)
+    gallery = Gallery(24, metric)
+    gallery.add(rows, torch.arange(n) + 100, torch.arange(n) % 6)
+    assert len(gallery) == n
+    for k in (1, 10, 250):
+        found = gallery.search(queries, k)
+        distances, indices = _exact(rows, queries, k, metric)
+        assert found.distances.dtype == torch.float32
+        assert found.distances.shape == (q, k)
+        torch.testing.assert_close(found.distances.double(), distances, rtol=2e-6, atol=2e-6)
+        assert torch.equal(found.indices < 0, indices < 0)
+        # Where another row was found, it is one as near as float32 can tell.
+        other = (found.indices != indices).nonzero().T
+        of_found = _distances(rows, queries, metric)[other[0], found.indices[tuple(other)]]
+        torch.testing.assert_close(of_found, distances[tuple(other)], rtol=2e-7, atol=2e-7)
+        assert torch.equal(found.ids, torch.where(found.indices < 0, -1, found.indices + 100))
+        assert torch.equal(found.cams, torch.where(found.indices < 0, -1, found.indices % 6))
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "sqeuclidean", "dot"])
+@pytest.mark.parametrize("k", [1, 7, 120])
+def test_ties_are_ordered_by_index(metric: str, k: int) -> None:
+    """Integer rows: float32 distances are exact, so the order must be exactly that of a stable sort."""
+    rows, queries = _integer_rows(900), _integer_rows(50, seed=1)
+    gallery = Gallery(5, metric)
+    gallery.add(rows)
+    found = gallery.search(queries, k)
+    distances, indices = _exact(rows, queries, k, metric)
+    assert torch.equal(found.distances, distances.float())
+    assert torch.equal(found.indices, indices)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_duplicated_rows_are_ordered_by_index(metric: str) -> None:
+    rows = _rows(40, 300).repeat(25, 1)  # row i is also row i + 40, i + 80, …
+    gallery = Gallery(300, metric)
+    gallery.add(rows)
+    indices = gallery.search(_rows(30, 300, seed=1), 60).indices
+    groups = indices.reshape(30, -1)
+    first = groups[:, :25]
+    assert torch.equal(first, first[:, :1] + 40 * torch.arange(25))
+    second = groups[:, 25:50]
+    assert torch.equal(second, second[:, :1] + 40 * torch.arange(25))
+    assert torch.equal(groups[:, 50:], groups[:, 50:51] + 40 * torch.arange(10))
+
+
+@pytest.mark.parametrize("d", [1, 3, 17, 31, 100, 513])
+@pytest.mark.parametrize("metric", METRICS)
+def test_equal_rows_tie_wherever_they_lie(metric: str, d: int) -> None:
+    """Rows of odd lengths start at every alignment; sums must not depend on it."""
+    for seed in range(5):
+        row = _rows(1, d, seed)
+        gallery = Gallery(d, metric)
+        gallery.add(row)
+        gallery.add(row.repeat(70, 1))
+        found = gallery.search(row.repeat(33, 1) + _rows(1, d, 9), 71)
+        assert (found.distances == found.distances[0, 0]).all()
+        assert torch.equal(found.indices, torch.arange(71).repeat(33, 1))
+
+
+def test_collapsed_gallery_is_ordered_by_index() -> None:
+    gallery = Gallery(64)
+    gallery.add(torch.ones(3000, 64))
+    found = gallery.search(torch.ones(3, 64), 20)
+    assert torch.equal(found.indices, torch.arange(20).repeat(3, 1))
+    assert (found.distances == 0).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_query_does_not_depend_on_the_others(metric: str) -> None:
+    """FAISS switches arithmetic with the number of queries; the result must not."""
+    rows, queries = _rows(500, 513), _rows(64, 513, seed=1)
+    gallery = Gallery(513, metric)
+    gallery.add(rows)
+    together = gallery.search(queries, 30)
+    for i in (0, 13, 63):
+        _assert_same(gallery.search(queries[i : i + 1], 30), SearchResult(*(part[i : i + 1] for part in together)))
+    in_pieces = Gallery(513, metric)
+    for piece in rows.split(71):
+        in_pieces.add(piece)
+    _assert_same(in_pieces.search(queries, 30), together)
+
+
+def test_small_distances_keep_their_digits() -> None:
+    """1 − x·y in float32 knows nothing below 6e-8."""
+    x = torch.tensor([[1.0, 0.0]])
+    angles = torch.tensor([3e-5, 1e-5, 2e-5])
+    gallery = Gallery(2)
+    gallery.add(torch.stack([angles.cos(), angles.sin()], 1))
+    found = gallery.search(x, 3)
+    assert found.indices.tolist() == [[1, 2, 0]]
+    torch.testing.assert_close(found.distances[0], angles.sort().values ** 2 / 2, rtol=1e-3, atol=0)
+
+
+def test_zero_rows() -> None:
+    """A zero row is at cosine distance 1 from everything, also from itself, and ranks there."""
+    gallery = Gallery(2)
+    gallery.add(torch.tensor([[-1.0, 0.0], [0.0, 0.0], [0.1, 1.0], [2.0, 0.0]]))
+    found = gallery.search(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), 4)
+    assert found.indices.tolist() == [[3, 2, 1, 0], [0, 1, 2, 3]]
+    assert found.distances[0, [0, 2, 3]].tolist() == [0, 1, 2]
+    assert found.distances[1].tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_range(metric: str) -> None:
+    """Rows of any size in "cosine"; elsewhere up to 1e18, beyond which squares overflow."""
+    rows = _rows(50) * 1e17
+    gallery = Gallery(24, metric)
+    gallery.add(rows)
+    found = gallery.search(rows, 50)
+    assert found.distances.isfinite().all()
+    assert metric == "dot" or torch.equal(found.indices[:, 0], torch.arange(50))
+    huge = torch.full((3, 24), 1e30)
+    if metric == "cosine":
+        gallery.add(huge)
+        assert len(gallery) == 53
+    else:
+        with pytest.raises(ValueError, match=r"features: expected finite rows, got a norm over 1e\+18"):
+            gallery.add(huge)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_input_kinds(dtype: torch.dtype) -> None:
+    """Tensors of any floating dtype, numpy arrays, strides, read-only memory: the same rows give the same result."""
+    rows, queries = _rows(60).to(dtype), _rows(9, seed=1).to(dtype)
+    plain = Gallery(24)
+    plain.add(rows.float())
+    expected = plain.search(queries.float(), 5)
+    strided = Gallery(24)
+    strided.add(rows.repeat(2, 2)[::2, :24][:30])  # rows 0, 2, 4, … and again
+    assert torch.equal(strided.search(queries, 1).indices >= 0, torch.ones(9, 1, dtype=torch.bool))
+    transposed = Gallery(24)
+    transposed.add(rows.T.contiguous().T.requires_grad_())
+    _assert_same(transposed.search(queries.T.contiguous().T, 5), expected)
+    if dtype != torch.bfloat16:
+        array = rows.numpy().copy()
+        array.flags.writeable = False
+        from_numpy = Gallery(24)
+        from_numpy.add(array, np.arange(60, dtype=np.int32), np.zeros(60, np.uint8))
+        _assert_same(from_numpy.search(np.asfortranarray(queries.numpy()), 5)[:2], expected[:2])
+        assert array.tobytes() == rows.numpy().tobytes()
+
+
+def test_rows_are_copied() -> None:
+    rows = _rows(10)
+    for metric in METRICS:
+        gallery = Gallery(24, metric)
+        gallery.add(rows)
+        before = gallery.search(rows.clone(), 3)
+        kept = rows.clone()
+        rows.zero_()
+        _assert_same(gallery.search(kept, 3), before)
+        rows.copy_(kept)
+        gallery.ids.fill_(5)
+        assert (gallery.ids == -1).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("k", [1, 5, 40, 300])
+def test_exclude_same(metric: str, k: int) -> None:
+    """Rows with the query's identity and camera never appear, and nothing else is missing."""
+    generator = torch.Generator().manual_seed(3)
+    rows, queries = _integer_rows(260, 6), _integer_rows(31, 6, seed=1)
+    rows, queries = rows + 0.5, queries + 0.5  # no zero rows
+    ids, cams = torch.randint(-1, 3, (260,), generator=generator), torch.randint(-1, 2, (260,), generator=generator)
+    q_ids, q_cams = torch.randint(-1, 3, (31,), generator=generator), torch.randint(-1, 2, (31,), generator=generator)
+    gallery = Gallery(6, metric)
+    gallery.add(rows, ids, cams)
+    found = gallery.search(queries, k, exclude_same=(q_ids, q_cams))
+    same = (ids == q_ids[:, None]) & (cams == q_cams[:, None]) & (ids != -1) & (cams != -1)
+    assert same.any()
+    distances, indices = _exact(rows, queries, k, metric, same)
+    torch.testing.assert_close(found.distances.double(), distances, rtol=2e-6, atol=2e-6)
+    if metric != "cosine":
+        assert torch.equal(found.indices, indices)
+    missing = found.indices < 0
+    assert not same.gather(1, found.indices.clamp(min=0))[~missing].any()
+    assert (found.ids[missing] == -1).all()
+
+
+def test_exclude_same_of_a_whole_gallery() -> None:
+    gallery = Gallery(24)
+    gallery.add(_rows(100), torch.zeros(100, dtype=torch.int64), torch.ones(100, dtype=torch.int64))
+    found = gallery.search(_rows(1), 3, exclude_same=(torch.tensor([0]), torch.tensor([1])))
+    assert found.distances.tolist() == [[float("inf")] * 3]
+    assert [part.tolist() for part in found[1:]] == [[[-1] * 3]] * 3
+
+
+def test_metadata() -> None:
+    gallery = Gallery(24)
+    gallery.add(torch.empty(0, 24), metadata={"name": [], "frame": []})
+    gallery.add(_rows(2), metadata={"name": ["a", "é"], "frame": [1, 2]})
+    gallery.add(_rows(1), metadata={"name": np.array(["longer name"]), "frame": np.array([7])})
+    assert gallery.metadata["name"].tolist() == ["a", "é", "longer name"]
+    assert gallery.metadata["frame"].tolist() == [1, 2, 7]
+    for metadata, message in (
+        (None, r"metadata: expected the columns of the rows before, \['frame', 'name'\], got none"),
+        ({"name": ["x"], "frame": [1, 2]}, r"metadata\['frame'\]: expected shape \(1,\), got \(2,\)"),
+        ({"name": ["x"], "frame": ["1"]}, r"metadata\['frame'\]: expected int64 as before"),
+        ({"name": [{}], "frame": [1]}, r"metadata\['name'\]: expected strings, numbers or booleans, got object"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            gallery.add(_rows(1), metadata=metadata)
+    assert len(gallery) == len(gallery.ids) == 3
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda g: g.add(_rows(3, 23)), ValueError, r"features: expected shape \(N, 24\), got \(3, 23\)"),
+        (lambda g: g.add(_rows(3)[0]), ValueError, r"features: expected shape \(N, D\), got \(24,\)"),
+        (lambda g: g.add(_rows(3).long()), TypeError, "features: expected float16, bfloat16, float32 or float64"),
+        (lambda g: g.add(_rows(3).numpy().astype(int)), TypeError, "features: expected a floating dtype, got int64"),
+        (lambda g: g.add([[0.0] * 24]), TypeError, r"features: expected a torch.Tensor, got list"),
+        (lambda g: g.add(_rows(3), torch.arange(2)), ValueError, r"ids: expected shape \(3,\), got \(2,\)"),
+        (lambda g: g.add(_rows(3), torch.arange(3.0)), TypeError, "ids: expected an integer dtype, got float32"),
+        (
+            lambda g: g.add(_rows(3), cams=[1, 2, 3]),
+            TypeError,
+            "cams: expected a torch.Tensor or numpy array",
+        ),
+        (lambda g: g.search(_rows(3, 23), 1), ValueError, r"queries: expected shape \(N, 24\), got \(3, 23\)"),
+        (lambda g: g.search(_rows(3), 0), ValueError, "k: expected at least 1, got 0"),
+        (lambda g: g.search(_rows(3), 2.0), TypeError, "k: expected an integer, got float"),
+        (lambda g: g.search(_rows(3), True), TypeError, "k: expected an integer, got bool"),
+        (lambda g: g.search(_rows(3), 1, exclude_same=torch.arange(3)), TypeError, "exclude_same: expected a pair"),
+        (
+            lambda g: g.search(_rows(3), 1, exclude_same=(torch.arange(3), torch.arange(3))),
+            ValueError,
+            "exclude_same: expected a gallery with ids; its rows were added without",
+        ),
+        (lambda g: Gallery(0), ValueError, "dim: expected at least 1, got 0"),
+        (lambda g: Gallery(8, "l2"), ValueError, "metric: expected 'euclidean' or 'sqeuclidean' or 'cosine' or 'dot'"),
+        (lambda g: Gallery(8, device="mps"), ValueError, "device: expected 'cpu' or 'cuda', got 'mps'"),
+        (
+            lambda g: Gallery(8, device="cuda:99"),
+            RuntimeError,
+            "device: expected a GPU that FAISS can use",
+        ),
+    ],
+)
+def test_wrong_arguments(call: Callable[[Gallery], Any], error: type[Exception], message: str) -> None:
+    gallery = Gallery(24)
+    gallery.add(_rows(4))
+    with pytest.raises(error, match=message):
+        call(gallery)
+    assert len(gallery) == len(gallery.ids) == 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("as_numpy", [False, True])
+def test_rows_that_are_not_finite_are_named(value: float, as_numpy: bool) -> None:
+    rows = _rows(20)
+    rows[[3, 7], 5] = value
+    gallery = Gallery(24)
+    for name, call in (("features", gallery.add), ("queries", lambda x: gallery.search(x, 1))):
+        with pytest.raises(ValueError, match=rf"{name}: expected finite rows, got .* in 2 of 20 rows: 3, 7"):
+            call(rows.numpy() if as_numpy else rows)
+    assert len(gallery) == 0
+
+
+def test_float64_beyond_float32_is_named() -> None:
+    rows = _rows(3, dtype=torch.float64)
+    rows[1, 0] = 1e300
+    for kind in (rows, rows.numpy()):
+        with pytest.raises(ValueError, match="in 1 of 3 rows: 1"):
+            Gallery(24).add(kind)
+
+
+def test_import_without_faiss() -> None:
+    """`import apd_kernels` leaves FAISS alone; the first use without it names the extra."""
+    script = """
+import sys
+import apd_kernels
+assert "faiss" not in sys.modules
+sys.modules["faiss"] = None
+try:
+    apd_kernels.Gallery(8)
+except ImportError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "pip install 'apd-kernels[retrieval]'" in run.stdout
+
+
+# GPU
+
+
+class _PretendGpuIndex:
+    """Stands for GpuIndexFlat: other rounding, another order of ties, at most 2048 neighbours."""
+
+    def __init__(self, index: Any) -> None:
+        self.index = faiss.clone_index(index)
+        self.asked: list[int] = []
+
+    @property
+    def ntotal(self) -> int:
+        return int(self.index.ntotal)
+
+    def add(self, rows: np.ndarray) -> None:
+        self.index.add(rows)
+
+    def search(self, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        assert k <= 2048
+        self.asked.append(k)
+        scores, indices = self.index.search(rows, self.ntotal)
+        scores = scores + np.random.default_rng(0).uniform(-1e-6, 1e-6, scores.shape).astype(np.float32)
+        sign = -1 if self.index.metric_type == faiss.METRIC_INNER_PRODUCT else 1
+        order = np.argsort(sign * scores, 1)[:, :k]
+        return np.take_along_axis(scores, order, 1), np.take_along_axis(indices, order, 1)
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[_PretendGpuIndex]]:
+    made: list[_PretendGpuIndex] = []
+
+    def to_gpu(resources: object, device: int, index: Any) -> _PretendGpuIndex:
+        made.append(_PretendGpuIndex(index))
+        return made[-1]
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", to_gpu, raising=False)
+    return made
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_routing_to_a_gpu(metric: str, pretend_gpu: list[_PretendGpuIndex]) -> None:
+    """A GPU is used, follows later additions and does not change the result; over 2048 neighbours come from the CPU."""
+    rows, queries = _rows(3000, 8), _rows(11, 8, seed=1)
+    rows[2900:] = rows[:100]
+    gallery, on_cpu = Gallery(8, metric), Gallery(8, metric, device="cpu")
+    assert (gallery.device.type, on_cpu.device.type) == ("cuda", "cpu")
+    for piece in rows.split(1600):
+        gallery.add(piece)
+        on_cpu.add(piece)
+        _assert_same(gallery.search(queries, 10), on_cpu.search(queries, 10))
+    assert len(pretend_gpu) == 1
+    assert pretend_gpu[0].ntotal == 3000
+    calls = len(pretend_gpu[0].asked)
+    _assert_same(gallery.search(queries, 2500), on_cpu.search(queries, 2500))
+    assert len(pretend_gpu[0].asked) == calls
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_rounding_cannot_hide_a_row(
+    metric: str, pretend_gpu: list[_PretendGpuIndex], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among rows closer to each other than the rounding of FAISS, the nearest are still those of a full comparison."""
+    rows = torch.nn.functional.normalize(_rows(1, 8) + 1e-7 * _rows(500, 8, seed=1))
+    queries = torch.nn.functional.normalize(_rows(40, 8, seed=2))
+    gallery = Gallery(8, metric)
+    gallery.add(rows)
+    found = gallery.search(queries, 10)
+    assert max(pretend_gpu[0].asked) > 10 + gallery_module.SPARE
+    monkeypatch.setattr(gallery_module, "SPARE", len(rows))
+    _assert_same(found, gallery.search(queries, 10))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("k", [1, 100, 2048, 5000])
+def test_same_on_gpu_and_cpu(metric: str, k: int) -> None:
+    if not faiss.get_num_gpus():
+        pytest.skip("FAISS finds no GPU")
+    rows, queries = _rows(6000, 200), _rows(300, 200, seed=1)
+    rows[5000:] = rows[:1000]
+    on_gpu, on_cpu = Gallery(200, metric, device="cuda"), Gallery(200, metric, device="cpu")
+    for piece in rows.split(3500):
+        on_gpu.add(piece.cuda())
+        on_cpu.add(piece)
+        _assert_same(on_gpu.search(queries.cuda(), k), on_cpu.search(queries, k))
+
+
+# The folder
+
+
+def _filled(n: int = 30, metric: str = "cosine", seed: int = 0) -> Gallery:
+    gallery = Gallery(6, metric)
+    gallery.add(
+        _rows(n, 6, seed), torch.arange(n), torch.arange(n) % 3, {"name": [f"{seed}_{i}.jpg" for i in range(n)]}
+    )
+    return gallery
+
+
+def _assert_equal(found: Gallery, expected: Gallery) -> None:
+    assert (found.dim, found.metric, len(found)) == (expected.dim, expected.metric, len(expected))
+    assert torch.equal(found.ids, expected.ids)
+    assert torch.equal(found.cams, expected.cams)
+    assert found.metadata.keys() == expected.metadata.keys()
+    assert all((found.metadata[name] == expected.metadata[name]).all() for name in found.metadata)
+    queries = _rows(7, expected.dim, seed=9)
+    _assert_same(found.search(queries, 5), expected.search(queries, 5))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("n", [0, 1, 199])
+def test_round_trip(tmp_path: Path, metric: str, n: int) -> None:
+    gallery = _filled(n, metric)
+    path = tmp_path / "new folder" / "gallery é"
+    gallery.save(path)
+    loaded = Gallery.load(str(path))
+    _assert_equal(loaded, gallery)
+    for one in (loaded, gallery):
+        one.add(_rows(3, 6, seed=4), metadata={"name": ["x", "y", "z"]})
+    _assert_equal(loaded, gallery)
+    loaded.save(path)
+    _assert_equal(Gallery.load(path), gallery)
+    assert len(list(path.iterdir())) == 3
+
+
+def test_zero_rows_survive_loading(tmp_path: Path) -> None:
+    gallery = Gallery(2)
+    gallery.add(torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
+    gallery.save(tmp_path / "g")
+    assert Gallery.load(tmp_path / "g").search(torch.tensor([[1.0, 0.0]]), 2).distances.tolist() == [[0, 1]]
+
+
+def test_every_changed_byte_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "g"
+    _filled(5).save(path)
+    draw = random.Random(0)
+    for file in path.iterdir():
+        content = file.read_bytes()
+        for i in range(len(content)):
+            damaged = bytearray(content)
+            damaged[i] ^= 1 << draw.randrange(8)
+            file.write_bytes(damaged)
+            with pytest.raises(GalleryError):
+                Gallery.load(path)
+        file.write_bytes(content)
+    _assert_equal(Gallery.load(path), _filled(5))
+
+
+def test_every_truncation_and_extension_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "g"
+    _filled(5).save(path)
+    for file in path.iterdir():
+        content = file.read_bytes()
+        for damaged in [content[:n] for n in (0, 1, 100, len(content) // 2, len(content) - 1)] + [content + b"\n"]:
+            file.write_bytes(damaged)
+            with pytest.raises(GalleryError, match="damaged"):
+                Gallery.load(path)
+        file.unlink()
+        with pytest.raises(GalleryError, match=rf"missing|no {folder.MANIFEST}"):
+            Gallery.load(path)
+        file.write_bytes(content)
+    _assert_equal(Gallery.load(path), _filled(5))
+
+
+def _sealed(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Edit the manifest as a program would that knows the format."""
+    manifest = json.loads((path / folder.MANIFEST).read_bytes())
+    del manifest["seal"]
+    change(manifest)
+    manifest["seal"] = folder._seal(manifest)
+    (path / folder.MANIFEST).write_bytes(folder._rendered(manifest))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(version=2), "saved in format version 2, this release reads up to 1: install a newer one"),
+        (lambda m: m.update(format="other"), "expected format 'apd-kernels gallery', got 'other'"),
+        (lambda m: m.update(count=6), "damaged: its index or arrays do not fit its manifest"),
+        (lambda m: m.update(dim=7), "damaged: its index or arrays do not fit its manifest"),
+        (lambda m: m.update(metric="euclidean"), "damaged: its index or arrays do not fit its manifest"),
+        (lambda m: m.update(dim="6"), "damaged"),
+        (lambda m: m.update(metric="l2"), "damaged"),
+        (lambda m: m.pop("dim"), "damaged"),
+        (lambda m: m.update(files=[]), "damaged"),
+        (lambda m: m["files"].pop("index.faiss"), "damaged"),
+        (
+            lambda m: m["files"]["index.faiss"].update(name="../x-0123456789abcdef.faiss"),
+            "is not the name of a data file",
+        ),
+        (lambda m: m["files"].update({"index.faiss": m["files"]["arrays.npz"]}), "damaged"),
+        (lambda m: m["files"].update({"arrays.npz": m["files"]["index.faiss"]}), "damaged"),
+    ],
+)
+def test_newer_and_foreign_manifests(tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
+    path = tmp_path / "g"
+    _filled(5).save(path)
+    _sealed(path, change)
+    with pytest.raises(GalleryError, match=message):
+        Gallery.load(path)
+
+
+def test_foreign_folders_are_neither_loaded_nor_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("text")
+    with_text = tmp_path / "with text"
+    with_text.mkdir()
+    (with_text / "notes.txt").write_text("mine")
+    other_manifest = tmp_path / "other manifest"
+    other_manifest.mkdir()
+    (other_manifest / "manifest.json").write_text('{"format": "something else"}')
+    unreadable = tmp_path / "unreadable"
+    unreadable.mkdir()
+    (unreadable / "manifest.json").write_text("{")
+    for path in (file, with_text, other_manifest, unreadable):
+        with pytest.raises(GalleryError, match=path.name):
+            Gallery.load(path)
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(GalleryError, match=r"expected a folder to save to|not replaced"):
+            _filled().save(path)
+        assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(GalleryError, match="no such folder"):
+        Gallery.load(tmp_path / "absent")
+    assert (with_text / "notes.txt").read_text() == "mine"
+    assert issubclass(GalleryError, ValueError)
+
+
+def test_other_files_in_a_gallery_stay(tmp_path: Path) -> None:
+    path = tmp_path / "g"
+    _filled(5).save(path)
+    (path / "notes.txt").write_text("mine")
+    _filled(8).save(path)
+    assert (path / "notes.txt").read_text() == "mine"
+    assert len(Gallery.load(path)) == 8
+
+
+def test_damaged_data_can_be_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "g"
+    _filled(5).save(path)
+    next(path.glob("index-*")).write_bytes(b"")
+    _filled(8).save(path)
+    assert len(Gallery.load(path)) == 8
+
+
+_STEPS = ("fsync", "replace")
+
+
+@contextmanager
+def _at_step(number: int, action: Callable[[], None]) -> Iterator[None]:
+    """Run `action` instead of the `number`-th step of a save that touches the disk's state."""
+    count = 0
+    originals = {name: getattr(os, name) for name in (*_STEPS, "unlink")}
+
+    def stepping(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == number:
+                action()
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    try:
+        for name in originals:
+            setattr(os, name, stepping(name))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(os, name, original)
+
+
+@pytest.mark.parametrize("replacing", [False, True])
+def test_full_disk_leaves_the_old_gallery(tmp_path: Path, replacing: bool) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "g"
+    for step in range(1, 7):
+        shutil.rmtree(path, ignore_errors=True)
+        if replacing:
+            _filled(5).save(path)
+        with _at_step(step, full), pytest.raises(OSError, match="No space left"):
+            _filled(8).save(path)
+        committed = step == 6  # the fifth step is the replacement of the manifest
+        assert path.exists() == (replacing or committed)
+        if path.exists():
+            assert len(Gallery.load(path)) == (8 if committed else 5)
+            assert len(list(path.iterdir())) == 3  # nothing left behind
+
+
+def test_full_disk_while_faiss_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: object, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "g"
+    _filled(5).save(path)
+    monkeypatch.setattr(folder.HashingWriter, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        _filled(8).save(path)
+    assert len(Gallery.load(path)) == 5
+    assert len(list(path.iterdir())) == 3
+
+
+def _in_child(work: Callable[[], None]) -> int:
+    """Run `work` in a forked process; its id. The child computes nothing in parallel, so the fork is safe."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    return child
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("replacing", [False, True])
+def test_kill_at_every_step(tmp_path: Path, replacing: bool) -> None:
+    """SIGKILL before each step of a save: the old gallery or the new one loads, and the next save tidies up."""
+    old, new = _filled(5), _filled(8, seed=1)
+    seen = set()
+    for step in range(1, 12):
+        path = tmp_path / str(step)
+        if replacing:
+            old.save(path)
+
+        def work(step: int = step, path: Path = path) -> None:
+            with _at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+                new.save(path)
+            os._exit(0)
+
+        _, status = os.waitpid(_in_child(work), 0)
+        killed = os.WIFSIGNALED(status)
+        assert killed or os.WEXITSTATUS(status) == 0
+        try:
+            loaded = Gallery.load(path)
+        except GalleryError as error:
+            assert not replacing
+            assert killed
+            assert "never completely" in str(error)  # noqa: PT017
+        else:
+            seen.add((killed, len(loaded)))
+            _assert_equal(loaded, old if len(loaded) == 5 else new)
+        new.save(path)
+        _assert_equal(Gallery.load(path), new)
+        assert len(list(path.iterdir())) == 3
+    assert seen >= ({(True, 5), (True, 8), (False, 8)} if replacing else {(True, 8), (False, 8)})
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_kill_at_any_time_and_read_meanwhile(tmp_path: Path) -> None:
+    """Two processes save over and over; loading never fails, whenever it happens and whenever they are killed."""
+    path = tmp_path / "g"
+    galleries = {200: _filled(200), 300: _filled(300, seed=1)}
+    galleries[200].save(path)
+
+    def save_forever(size: int) -> None:
+        while True:
+            galleries[size].save(path)
+
+    draw = random.Random(0)
+    sizes = []
+    for _ in range(4):
+        children = [_in_child(lambda size=size: save_forever(size)) for size in galleries]  # type: ignore[misc]
+        try:
+            until = time.monotonic() + 0.1 + 0.1 * draw.random()
+            while time.monotonic() < until:
+                sizes.append(len(Gallery.load(path)))
+        finally:
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+        loaded = Gallery.load(path)
+        _assert_equal(loaded, galleries[len(loaded)])
+    assert set(sizes) == {200, 300}
+    galleries[300].save(path)
+    assert len(list(path.iterdir())) == 3
+
+
+def test_real_features(real_data: Path) -> None:
+    """First neighbours in another camera give the reference rank-1."""
+    with np.load(real_data / "data" / "features" / "osnet_cuhk03.npz") as file:
+        features, pids, camids, split = (file[name] for name in ("features", "pids", "camids", "split"))
+    gallery = Gallery(512)
+    gallery.add(features[split == 2], pids[split == 2], camids[split == 2])
+    queries, ids, cams = features[split == 1], pids[split == 1], camids[split == 1]
+    found = gallery.search(queries, 1, exclude_same=(ids, cams))
+    assert (found.ids[:, 0].numpy() == ids).sum() / 199 == pytest.approx(0.316583, abs=1e-6)
+    distances, indices = _exact(torch.from_numpy(features[split == 2]), torch.from_numpy(queries), 20, "cosine")
+    found = gallery.search(queries, 20)
+    torch.testing.assert_close(found.distances.double(), distances, rtol=0, atol=1e-6)
+    assert (found.indices == indices).float().mean() > 0.999
+
+
+def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    gallery, queries = _filled(199), _rows(50, 6, seed=3)
+    expected = gallery.search(queries, 20)
+    monkeypatch.setattr(gallery_module, "BLOCK_CANDIDATES", 100)
+    _assert_same(gallery.search(queries, 20), expected)
