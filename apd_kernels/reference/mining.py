@@ -93,24 +93,25 @@ def pair_gradient(
     dtype = internal_dtype(x)
     a = x.to(dtype)
     b = a if y is None else y.to(dtype)
-    own = torch.zeros_like(a)
-    chosen = own if y is None else torch.zeros_like(b)
+    own = torch.zeros_like(a, memory_format=torch.contiguous_format)
+    chosen = own if y is None else torch.zeros_like(b, memory_format=torch.contiguous_format)
+    rows, dimension = b.shape[-2:]
+    first = rows * torch.arange(x.shape[:-2].numel(), device=x.device).view(*x.shape[:-2], 1)  # row of each set
     for weights, index in ((positive_weights, positive_index), (negative_weights, negative_index)):
-        winners = take_rows(b, index)
+        if rows == 0:
+            break
         weight = torch.where(index >= 0, weights, 0)[..., None]
-        target = index.clamp(min=0)[..., None].expand_as(a)
+        target = (index.clamp(min=0) + first).flatten()
         # A weight of 0 must drop its pair even when a row is not finite.
-        if metric == "dot":
-            to_anchor, to_winner = -weight * winners, -weight * a
-        else:
-            to_anchor = weight * (a - winners)
-            to_winner = -to_anchor
-        to_anchor = torch.where(weight == 0, 0, to_anchor)
+        to_anchor = take_rows(b, index)
+        to_anchor = to_anchor.neg_() if metric == "dot" else torch.sub(a, to_anchor, out=to_anchor)
+        to_anchor.mul_(weight).masked_fill_(weight == 0, 0)
         if for_x:
-            own += to_anchor
-        if (for_x if y is None else for_y) and b.shape[-2]:
-            # Rows are added in anchor order on the CPU, so the sum is the same in every run.
-            chosen.scatter_add_(-2, target, torch.where(weight == 0, 0, to_winner))
+            own.add_(to_anchor)
+        if for_x if y is None else for_y:
+            to_winner = (a * weight).masked_fill_(weight == 0, 0) if metric == "dot" else to_anchor
+            # In anchor order on the CPU, so the sum is the same in every run.
+            chosen.view(-1, dimension).index_add_(0, target, to_winner.reshape(-1, dimension), alpha=-1)
     return (
         own.to(x.dtype) if for_x else x.new_empty(0),
         chosen.to(y.dtype) if y is not None and for_y else x.new_empty(0),

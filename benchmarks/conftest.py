@@ -1,0 +1,92 @@
+"""One way to time for every suite.
+
+A candidate's result is first compared with a float64 reference: a wrong result fails and is never timed. Wall time is
+what pytest-benchmark reports, from the call to the finished result (the device is synchronised). On CUDA the time
+between events, with the L2 cache flushed before each run, and the peak of allocated memory are recorded beside it.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from benchmarks.workload import ON_GPU
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """What the table's heading says: device and versions."""
+    import apd_kernels._core.backend as backend
+
+    machine_info["device"] = (
+        torch.cuda.get_device_name() if ON_GPU else f"{_processor()}, {torch.get_num_threads()} threads"
+    )
+    machine_info["torch"] = torch.__version__
+    if backend.HAS_TRITON:
+        import triton
+
+        machine_info["triton"] = triton.__version__
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+@pytest.fixture(autouse=True)
+def _plain_state() -> Iterator[None]:
+    """Each benchmark starts without compiled graphs, cached memory or another one's random state."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    if ON_GPU:
+        torch.cuda.empty_cache()
+    yield
+
+
+@pytest.fixture
+def measure(benchmark: BenchmarkFixture) -> Callable[..., None]:
+    """``measure(work, title=…, candidate=…, expected=…, tolerance=…)`` checks `work()`, then times it."""
+
+    def run(
+        work: Callable[[], Tensor | tuple[Tensor, ...]],
+        *,
+        title: str,
+        candidate: str,
+        expected: tuple[Tensor, ...],
+        tolerance: float,
+    ) -> None:
+        if candidate == "compile" and not ON_GPU and not (shutil.which("g++") or shutil.which("clang++")):
+            pytest.skip("torch.compile on the CPU needs a C++ compiler")
+        got = work()
+        got = got if isinstance(got, tuple) else (got,)
+        for value, reference in zip(got, expected, strict=True):
+            error = (value.detach().double() - reference.double()).abs().max().item()
+            assert error <= tolerance * max(1.0, reference.abs().max().item()), f"{candidate} is off by {error:.3g}"
+
+        def finished() -> None:
+            work()
+            if ON_GPU:
+                torch.cuda.synchronize()
+
+        benchmark.group = title
+        benchmark.extra_info["candidate"] = candidate
+        if ON_GPU:
+            import triton
+
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+            finished()
+            benchmark.extra_info["peak_mb"] = (torch.cuda.max_memory_allocated() - held) / 2**20
+            benchmark.extra_info["event_ms"] = triton.testing.do_bench(work, return_mode="median")
+        benchmark(finished)
+
+    return run

@@ -1,0 +1,76 @@
+"""The operations as Re-ID code bases write them in PyTorch: whole matrices, autograd, argsort."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def distance(x: Tensor, y: Tensor) -> Tensor:
+    squared = x.square().sum(1, keepdim=True) + y.square().sum(1) - 2 * x @ y.t()
+    return squared.clamp(min=1e-12).sqrt()
+
+
+def batch_hard(x: Tensor, labels: Tensor, y: Tensor, y_labels: Tensor) -> tuple[Tensor, Tensor]:
+    d = distance(x, y)
+    same = labels[:, None] == y_labels
+    return d.masked_fill(~same, -torch.inf).amax(1), d.masked_fill(same, torch.inf).amin(1)
+
+
+def triplet_loss(x: Tensor, labels: Tensor, margin: float | None) -> Tensor:
+    d = distance(x, x)
+    same = labels[:, None] == labels
+    farthest = d.masked_fill(~same, -torch.inf).amax(1)
+    nearest = d.masked_fill(same, torch.inf).amin(1)
+    gap = farthest - nearest
+    return F.softplus(gap).mean() if margin is None else (gap + margin).clamp(min=0).mean()
+
+
+def ascent_step(x: Tensor, start: Tensor, labels: Tensor, epsilon: float, step: float) -> Tensor:
+    """One step of projected gradient ascent by autograd, mining on the matrix, distances of the winners by difference."""
+    with torch.enable_grad():
+        z = x.detach().requires_grad_()
+        with torch.no_grad():
+            d = distance(z, z)
+            same = labels[:, None] == labels
+            positive = d.masked_fill(~same, -torch.inf).fill_diagonal_(-torch.inf).argmax(1)
+            negative = d.masked_fill(same, torch.inf).argmin(1)
+        gap = (z - z[positive]).norm(dim=1) - (z - z[negative]).norm(dim=1)
+        (gradient,) = torch.autograd.grad(F.softplus(gap).sum(), z)
+    offset = x + step * F.normalize(gradient) - start
+    return start + offset * (epsilon / offset.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
+
+
+def perturbation_loss(perturbed: Tensor, negatives: Tensor, original: Tensor) -> Tensor:
+    to_negatives = (perturbed[:, None] - negatives).norm(dim=2)
+    to_original = (perturbed - original).norm(dim=1)
+    return F.softplus(to_negatives - to_original[:, None]).mean()
+
+
+def ssd_mask(features: Tensor, logits: list[Tensor], permutation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    attention = sum(torch.sigmoid(logit) for logit in logits) / len(logits)
+    relevant = attention * features
+    irrelevant = features - relevant
+    return relevant, irrelevant, relevant + irrelevant[permutation]
+
+
+def rank_metrics(
+    query: Tensor, gallery: Tensor, query_ids: Tensor, gallery_ids: Tensor, query_cams: Tensor, gallery_cams: Tensor
+) -> Tensor:
+    """mAP and rank-1 by a distance matrix and one argsort a row, in blocks of queries that fit the memory."""
+    query, gallery = F.normalize(query), F.normalize(gallery)
+    precisions, firsts = [], []
+    for start in range(0, len(query), 1024):
+        rows = slice(start, start + 1024)
+        order = (1 - query[rows] @ gallery.t()).argsort(1)
+        match = gallery_ids[order] == query_ids[rows, None]
+        keep = ~(match & (gallery_cams[order] == query_cams[rows, None]))
+        match = match & keep
+        rank = keep.cumsum(1)
+        hits = match.cumsum(1)
+        precisions.append((hits / rank.clamp(min=1) * match).sum(1) / match.sum(1).clamp(min=1))
+        firsts.append((match & (rank == 1)).any(1))
+        valid = match.any(1)
+        precisions[-1], firsts[-1] = precisions[-1][valid], firsts[-1][valid]
+    return torch.stack([torch.cat(precisions).mean(), torch.cat(firsts).float().mean()])

@@ -1,0 +1,69 @@
+"""Turn a result file of the suites into a table: ``python -m benchmarks.report RESULTS.json [--into FILE.md]``.
+
+With ``--into`` the table replaces what stands between the two marker comments of that file, so a figure in the
+documentation is always one that was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: one row an operation and size, one column a candidate; median and interquartile range of wall time."""
+    machine = results["machine_info"]
+    rows: dict[str, dict[str, Any]] = {}
+    for entry in results["benchmarks"]:
+        rows.setdefault(entry["group"], {})[entry["extra_info"]["candidate"]] = entry
+    others = sorted({name for entries in rows.values() for name in entries} - {"ours", "eager", "compile"})
+    candidates = ["ours", "eager", "compile", *others]
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "triton") if name in machine)
+    lines = [
+        f"{machine['device']}; {versions}; {results['datetime'][:10]}. Milliseconds of wall time: median ± half the "
+        "interquartile range; in brackets, how many times as long as ours.",
+        "",
+        f"| operation | {' | '.join(candidates)} |",
+        f"|---|{'---|' * len(candidates)}",
+    ]
+    for title, entries in rows.items():
+        ours = entries["ours"]["stats"]["median"]
+        lines.append(f"| {title} | {' | '.join(_cell(entries.get(name), ours) for name in candidates)} |")
+    return "\n".join(lines)
+
+
+def _cell(entry: dict[str, Any] | None, ours: float) -> str:
+    if entry is None:
+        return "–"
+    stats, extra = entry["stats"], entry["extra_info"]
+    text = f"{stats['median'] * 1e3:.3g} ± {stats['iqr'] * 500:.1g}"
+    if extra["candidate"] != "ours":
+        text += f" ({stats['median'] / ours:.1f}×)"
+    if "event_ms" in extra:
+        text += f"; events {extra['event_ms']:.3g}, peak {extra['peak_mb']:.0f} MB"
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, help="written by pytest benchmarks/ --benchmark-json=RESULTS.json")
+    parser.add_argument("--into", type=Path, help="file whose marked section the table replaces")
+    arguments = parser.parse_args()
+    text = table(json.loads(arguments.results.read_text()))
+    if arguments.into is None:
+        print(text)
+        return
+    document = arguments.into.read_text()
+    head, begin, rest = document.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{arguments.into}: expected the markers {BEGIN} and {END}")
+    arguments.into.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
+
+
+if __name__ == "__main__":
+    main()
