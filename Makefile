@@ -29,7 +29,9 @@ test: lint  ## lint, then every test that needs no GPU (on a CUDA machine: also 
 	$(BIN)/pytest -n auto
 
 bench: $(READY)  ## the benchmark suites: small sizes on the CPU, full sizes on CUDA
-	$(BIN)/pytest benchmarks/ --benchmark-only
+	@mkdir -p runs/benchmarks
+	$(BIN)/pytest benchmarks/ --benchmark-only --benchmark-json=runs/benchmarks/results.json
+	$(BIN)/python -m benchmarks.report runs/benchmarks/results.json
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .benchmarks build *.egg-info

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -43,13 +43,12 @@ def _processor() -> str:
 
 
 @pytest.fixture(autouse=True)
-def _plain_state() -> Iterator[None]:
+def _plain_state() -> None:
     """Each benchmark starts without compiled graphs, cached memory or another one's random state."""
     torch.manual_seed(0)
     torch.compiler.reset()
     if ON_GPU:
         torch.cuda.empty_cache()
-    yield
 
 
 @pytest.fixture

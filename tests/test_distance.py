@@ -110,6 +110,20 @@ def test_cosine_of_any_finite_row(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("metric", METRICS)
+def test_ignores_autocast(backend: Backend, metric: str) -> None:
+    """Inputs are taken as they come: float32 features are not rounded to bfloat16, forward or backward."""
+    x, _ = features(12, 20, dtype=torch.float32)
+    a, b = leaf(x, backend.device), leaf(x, backend.device)
+    with torch.autocast(backend.device, dtype=torch.bfloat16):
+        inside = pairwise_distance(a, metric=metric)
+        inside.square().sum().backward()
+    outside = pairwise_distance(b, metric=metric)
+    outside.square().sum().backward()
+    assert torch.equal(inside, outside)
+    assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("metric", METRICS)
 def test_gradcheck(metric: str) -> None:
     x, y = (features(5, 4, seed=seed)[0].requires_grad_() for seed in (0, 1))
     assert torch.autograd.gradcheck(lambda a: pairwise_distance(a, metric=metric).tril(-1), (x,))

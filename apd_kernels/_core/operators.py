@@ -8,6 +8,7 @@ and return what its fake returns. So `torch.compile`, `opcheck` and CUDA graphs 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from apd_kernels._core.backend import implementation
 
 NAMESPACE = "apd_kernels"
+_NOTHING_TO_DO: AbstractContextManager[Any] = nullcontext()
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -32,10 +34,8 @@ def operator(module: str, schema: str, *, fake: Callable[..., Any]) -> Callable[
     def body(*arguments: Any) -> Any:
         *inputs, backend = arguments
         function = getattr(implementation(backend, module), name)
-        if backend == "triton" and inputs[0].is_cuda:
-            with torch.cuda.device_of(inputs[0]):  # Triton launches on the current device
-                return function(*inputs)
-        return function(*inputs)
+        with implementation_context(inputs[0], backend):
+            return function(*inputs)
 
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
@@ -43,6 +43,21 @@ def operator(module: str, schema: str, *, fake: Callable[..., Any]) -> Callable[
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     overload: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
     return overload
+
+
+def implementation_context(x: Tensor, backend: str) -> AbstractContextManager[Any]:
+    """What an implementation may rely on: no autocast of its products, and x's GPU current for Triton's launches."""
+    device = x.device
+    autocast = torch.is_autocast_enabled(device.type)
+    elsewhere = backend == "triton" and x.is_cuda and device.index != torch.cuda.current_device()
+    if not autocast and not elsewhere:
+        return _NOTHING_TO_DO
+    stack = ExitStack()
+    if autocast:
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+    if elsewhere:
+        stack.enter_context(torch.cuda.device_of(x))
+    return stack
 
 
 def differentiable(
