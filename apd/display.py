@@ -1,0 +1,103 @@
+"""What the command line prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from apd.evaluation import RANKS, Evaluation
+from apd.features import FeatureSet
+from apd.retrieval import RankedLists
+from apd_kernels import Gallery
+
+console = Console(highlight=False)
+_TIES = "pessimistic: a wrong image at the distance of a right one comes first"
+_AP = {
+    "rectangular": "rectangular: mean precision at the right images",
+    "trapezoidal": "trapezoidal: mean of the precision before and at each right image",
+}
+
+
+def count(number: int, noun: str, plural: str | None = None) -> str:
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def _contents(rows: FeatureSet) -> str:
+    parts = [count(len(rows), "image")]
+    if rows.pids is not None:
+        parts.append(count(len(np.unique(rows.pids)), "identity", "identities"))
+    if rows.camids is not None:
+        parts.append(count(len(np.unique(rows.camids)), "camera"))
+    return f"{', '.join(parts)}; {rows.path.name}, {rows.rows}"
+
+
+def _facts(*facts: tuple[str, str]) -> None:
+    """Aligned lines, never folded: a pipe must get each fact in one piece."""
+    for name, value in facts:
+        console.print(Text.assemble((f"{name:<10}", "dim"), value), soft_wrap=True)
+
+
+def print_evaluation(result: Evaluation, query: FeatureSet, gallery: FeatureSet) -> None:
+    left_out = result.num_queries - result.num_valid_queries
+    counted = f"{result.num_valid_queries:,} counted, {left_out:,} left out"
+    if left_out:
+        counted += " (no gallery image of their identity in another camera)"
+    _facts(
+        ("query", _contents(query)),
+        ("gallery", _contents(gallery)),
+        ("queries", counted),
+        ("distance", f"{result.metric}, {query.dim} dimensions"),
+        ("AP", _AP[result.ap]),
+        ("ties", _TIES),
+    )
+    values = {**{f"rank-{k}": result.cmc[k] for k in RANKS}, "mAP": result.mAP, "mINP": result.mINP}
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in values:
+        table.add_column(name)
+    table.add_row(*(f"{value:.6f}" for value in values.values()), style="bold")
+    console.print()
+    console.print(table)
+
+
+def print_indexed(gallery: Gallery, rows: FeatureSet) -> None:
+    _facts(("indexed", _contents(rows)), ("distance", f"{gallery.metric}, {gallery.dim} dimensions"))
+
+
+def print_lists(lists: RankedLists, gallery: Gallery, show: int) -> None:
+    query = lists.query
+    _facts(
+        ("query", _contents(query)),
+        ("gallery", f"{count(len(gallery), 'image')}, {gallery.metric} distance, {gallery.dim} dimensions"),
+    )
+    for i in range(min(show, len(query))):
+        pid, camera, name = lists.describe(i)
+        console.print()
+        console.print(Text.assemble((f"query {i}", "bold"), f"  {_labels(pid, camera)}{name}"), soft_wrap=True)
+        console.print(Text(f"{'rank':>6}{'distance':>11}{'id':>8}{'camera':>8}  same  name", "dim"), soft_wrap=True)
+        for rank, (_, found, found_camera, found_name, distance) in enumerate(lists.matches(i), 1):
+            same = found == pid and found != -1
+            labels = "".join(f"{'' if value == -1 else value:>8}" for value in (found, found_camera))
+            line = f"{rank:>6}{distance:>11.6f}{labels}  {'yes' if same else '':<4}  {found_name}"
+            console.print(Text(line, "green" if same else ""), soft_wrap=True)
+    console.print()
+    if query.pids is not None and (query.pids != -1).any():
+        right = (lists.found.ids[:, 0].numpy() == query.pids) & (query.pids != -1)
+        of = count(len(query), "query", "queries")
+        console.print(f"{int(right.sum()):,} of {of} have an image of their identity at rank 1")
+    if show < len(query):
+        more = "--show prints more, --output writes all of them"
+        console.print(f"lists of {min(show, len(query)):,} of {count(len(query), 'query', 'queries')} shown; {more}")
+
+
+def _labels(pid: int | None, camera: int | None) -> str:
+    return "".join(f"{name} {value}  " for name, value in (("id", pid), ("camera", camera)) if value is not None)
+
+
+def print_written(*paths: Path) -> None:
+    for path in paths:
+        console.print(Text(f"wrote {path}"), soft_wrap=True)

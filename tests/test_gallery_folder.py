@@ -1,0 +1,322 @@
+"""The gallery's folder: round trips, damage, foreign content, full disks and killed saves."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from apd_kernels import Gallery, GalleryError, SearchResult
+from apd_kernels._core import folder
+from apd_kernels.distance import METRICS
+
+pytest.importorskip("faiss")
+
+
+def _rows(n: int, d: int = 24, seed: int = 0) -> Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def _assert_same(found: SearchResult, expected: SearchResult) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def _filled(n: int = 30, metric: str = "cosine", seed: int = 0) -> Gallery:
+    gallery = Gallery(6, metric)
+    gallery.add(
+        _rows(n, 6, seed), torch.arange(n), torch.arange(n) % 3, {"name": [f"{seed}_{i}.jpg" for i in range(n)]}
+    )
+    return gallery
+
+
+def _assert_equal(found: Gallery, expected: Gallery) -> None:
+    assert (found.dim, found.metric, len(found)) == (expected.dim, expected.metric, len(expected))
+    assert torch.equal(found.ids, expected.ids)
+    assert torch.equal(found.cams, expected.cams)
+    assert found.metadata.keys() == expected.metadata.keys()
+    assert all((found.metadata[name] == expected.metadata[name]).all() for name in found.metadata)
+    queries = _rows(7, expected.dim, seed=9)
+    _assert_same(found.search(queries, 5), expected.search(queries, 5))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("n", [0, 1, 199])
+def test_round_trip(tmp_path: Path, metric: str, n: int) -> None:
+    gallery = _filled(n, metric)
+    path = tmp_path / "new folder" / "gallery é"
+    gallery.save(path)
+    loaded = Gallery.load(str(path))
+    _assert_equal(loaded, gallery)
+    for one in (loaded, gallery):
+        one.add(_rows(3, 6, seed=4), metadata={"name": ["x", "y", "z"]})
+    _assert_equal(loaded, gallery)
+    loaded.save(path)
+    _assert_equal(Gallery.load(path), gallery)
+    assert len(list(path.iterdir())) == 3
+
+
+def test_zero_rows_survive_loading(tmp_path: Path) -> None:
+    gallery = Gallery(2)
+    gallery.add(torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
+    gallery.save(tmp_path / "g")
+    assert Gallery.load(tmp_path / "g").search(torch.tensor([[1.0, 0.0]]), 2).distances.tolist() == [[0, 1]]
+
+
+def test_every_changed_byte_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "g"
+    _filled(5).save(path)
+    draw = random.Random(0)
+    for file in path.iterdir():
+        content = file.read_bytes()
+        for i in range(len(content)):
+            damaged = bytearray(content)
+            damaged[i] ^= 1 << draw.randrange(8)
+            file.write_bytes(damaged)
+            with pytest.raises(GalleryError):
+                Gallery.load(path)
+        file.write_bytes(content)
+    _assert_equal(Gallery.load(path), _filled(5))
+
+
+def test_every_truncation_and_extension_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "g"
+    _filled(5).save(path)
+    for file in path.iterdir():
+        content = file.read_bytes()
+        for damaged in [content[:n] for n in (0, 1, 100, len(content) // 2, len(content) - 1)] + [content + b"\n"]:
+            file.write_bytes(damaged)
+            with pytest.raises(GalleryError, match="damaged"):
+                Gallery.load(path)
+        file.unlink()
+        with pytest.raises(GalleryError, match=rf"missing|no {folder.MANIFEST}"):
+            Gallery.load(path)
+        file.write_bytes(content)
+    _assert_equal(Gallery.load(path), _filled(5))
+
+
+def _sealed(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Edit the manifest as a program would that knows the format."""
+    manifest = json.loads((path / folder.MANIFEST).read_bytes())
+    del manifest["seal"]
+    change(manifest)
+    manifest["seal"] = folder._seal(manifest)
+    (path / folder.MANIFEST).write_bytes(folder._rendered(manifest))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(version=2), "saved in format version 2, this release reads up to 1: install a newer one"),
+        (lambda m: m.update(format="other"), "expected format 'apd-kernels gallery', got 'other'"),
+        (lambda m: m.update(count=6), "damaged: its index or arrays do not fit its manifest"),
+        (lambda m: m.update(dim=7), "damaged: its index or arrays do not fit its manifest"),
+        (lambda m: m.update(metric="euclidean"), "damaged: its index or arrays do not fit its manifest"),
+        (lambda m: m.update(dim="6"), "damaged"),
+        (lambda m: m.update(metric="l2"), "damaged"),
+        (lambda m: m.pop("dim"), "damaged"),
+        (lambda m: m.update(files=[]), "damaged"),
+        (lambda m: m["files"].pop("index.faiss"), "damaged"),
+        (
+            lambda m: m["files"]["index.faiss"].update(name="../x-0123456789abcdef.faiss"),
+            "is not the name of a data file",
+        ),
+        (lambda m: m["files"].update({"index.faiss": m["files"]["arrays.npz"]}), "damaged"),
+        (lambda m: m["files"].update({"arrays.npz": m["files"]["index.faiss"]}), "damaged"),
+    ],
+)
+def test_newer_and_foreign_manifests(tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
+    path = tmp_path / "g"
+    _filled(5).save(path)
+    _sealed(path, change)
+    with pytest.raises(GalleryError, match=message):
+        Gallery.load(path)
+
+
+def test_foreign_folders_are_neither_loaded_nor_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("text")
+    with_text = tmp_path / "with text"
+    with_text.mkdir()
+    (with_text / "notes.txt").write_text("mine")
+    other_manifest = tmp_path / "other manifest"
+    other_manifest.mkdir()
+    (other_manifest / "manifest.json").write_text('{"format": "something else"}')
+    unreadable = tmp_path / "unreadable"
+    unreadable.mkdir()
+    (unreadable / "manifest.json").write_text("{")
+    for path in (file, with_text, other_manifest, unreadable):
+        with pytest.raises(GalleryError, match=path.name):
+            Gallery.load(path)
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(GalleryError, match=r"expected a folder to save to|not replaced"):
+            _filled().save(path)
+        assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(GalleryError, match="no such folder"):
+        Gallery.load(tmp_path / "absent")
+    assert (with_text / "notes.txt").read_text() == "mine"
+    assert issubclass(GalleryError, ValueError)
+
+
+def test_other_files_in_a_gallery_stay(tmp_path: Path) -> None:
+    path = tmp_path / "g"
+    _filled(5).save(path)
+    (path / "notes.txt").write_text("mine")
+    _filled(8).save(path)
+    assert (path / "notes.txt").read_text() == "mine"
+    assert len(Gallery.load(path)) == 8
+
+
+def test_damaged_data_can_be_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "g"
+    _filled(5).save(path)
+    next(path.glob("index-*")).write_bytes(b"")
+    _filled(8).save(path)
+    assert len(Gallery.load(path)) == 8
+
+
+_STEPS = ("fsync", "replace")
+
+
+@contextmanager
+def _at_step(number: int, action: Callable[[], None]) -> Iterator[None]:
+    """Run `action` instead of the `number`-th step of a save that touches the disk's state."""
+    count = 0
+    originals = {name: getattr(os, name) for name in (*_STEPS, "unlink")}
+
+    def stepping(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == number:
+                action()
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    try:
+        for name in originals:
+            setattr(os, name, stepping(name))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(os, name, original)
+
+
+@pytest.mark.parametrize("replacing", [False, True])
+def test_full_disk_leaves_the_old_gallery(tmp_path: Path, replacing: bool) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "g"
+    for step in range(1, 7):
+        shutil.rmtree(path, ignore_errors=True)
+        if replacing:
+            _filled(5).save(path)
+        with _at_step(step, full), pytest.raises(OSError, match="No space left"):
+            _filled(8).save(path)
+        committed = step == 6  # the fifth step is the replacement of the manifest
+        assert path.exists() == (replacing or committed)
+        if path.exists():
+            assert len(Gallery.load(path)) == (8 if committed else 5)
+            assert len(list(path.iterdir())) == 3  # nothing left behind
+
+
+def test_full_disk_while_faiss_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: object, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "g"
+    _filled(5).save(path)
+    monkeypatch.setattr(folder.HashingWriter, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        _filled(8).save(path)
+    assert len(Gallery.load(path)) == 5
+    assert len(list(path.iterdir())) == 3
+
+
+def _in_child(work: Callable[[], None]) -> int:
+    """Run `work` in a forked process; its id. The child computes nothing in parallel, so the fork is safe."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    return child
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("replacing", [False, True])
+def test_kill_at_every_step(tmp_path: Path, replacing: bool) -> None:
+    """SIGKILL before each step of a save: the old gallery or the new one loads, and the next save tidies up."""
+    old, new = _filled(5), _filled(8, seed=1)
+    seen = set()
+    for step in range(1, 12):
+        path = tmp_path / str(step)
+        if replacing:
+            old.save(path)
+
+        def work(step: int = step, path: Path = path) -> None:
+            with _at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+                new.save(path)
+            os._exit(0)
+
+        _, status = os.waitpid(_in_child(work), 0)
+        killed = os.WIFSIGNALED(status)
+        assert killed or os.WEXITSTATUS(status) == 0
+        try:
+            loaded = Gallery.load(path)
+        except GalleryError as error:
+            assert not replacing
+            assert killed
+            assert "never completely" in str(error)  # noqa: PT017
+        else:
+            seen.add((killed, len(loaded)))
+            _assert_equal(loaded, old if len(loaded) == 5 else new)
+        new.save(path)
+        _assert_equal(Gallery.load(path), new)
+        assert len(list(path.iterdir())) == 3
+    assert seen >= ({(True, 5), (True, 8), (False, 8)} if replacing else {(True, 8), (False, 8)})
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_kill_at_any_time_and_read_meanwhile(tmp_path: Path) -> None:
+    """Two processes save over and over; loading never fails, whenever it happens and whenever they are killed."""
+    path = tmp_path / "g"
+    galleries = {200: _filled(200), 300: _filled(300, seed=1)}
+    galleries[200].save(path)
+
+    def save_forever(size: int) -> None:
+        while True:
+            galleries[size].save(path)
+
+    draw = random.Random(0)
+    sizes = []
+    for _ in range(4):
+        children = [_in_child(lambda size=size: save_forever(size)) for size in galleries]  # type: ignore[misc]
+        try:
+            until = time.monotonic() + 0.1 + 0.1 * draw.random()
+            while time.monotonic() < until or (len(set(sizes)) < 2 and time.monotonic() < until + 10):
+                sizes.append(len(Gallery.load(path)))
+        finally:
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+        loaded = Gallery.load(path)
+        _assert_equal(loaded, galleries[len(loaded)])
+    assert set(sizes) == {200, 300}
+    galleries[300].save(path)
+    assert len(list(path.iterdir())) == 3
