@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import torch
 
-from apd_kernels.kernels import distance, losses, mining, perturb, ssd
+from apd_kernels.kernels import distance, losses, mining, perturb, ranking, ssd
 
 CASES: list[Callable[[], None]] = []
 
 OVER_SIZES: list[Callable[[], None]] = []
 """Operations at every batch size from 1 to 300."""
 
-MATRIX_KERNELS = {"_distance", "_gradient", "_mine"}
+MATRIX_KERNELS = {"_count_negatives", "_distance", "_gradient", "_mine", "_same_identity"}
 """Kernels built on a matrix product: they must use the tensor cores."""
 
 
@@ -69,6 +69,11 @@ def triplet_batch() -> None:
 
 
 @case
+def triplet_of_given_pairs() -> None:
+    losses.triplet_loss_indexed(_rows(64, 2048), _rows(256, 2048), _indices(64), _indices(64), 0.3, False, "cosine")
+
+
+@case
 def triplet_sets_half() -> None:
     x = _rows(5, 64, 768, dtype=torch.bfloat16)
     losses.triplet_loss(x, _indices(64), None, None, None, True, "sqeuclidean", "fp32")
@@ -100,6 +105,28 @@ def metric_perturb() -> None:
     perturb.metric_perturb(_rows(4096, 512), _indices(4096), 0.1, 0.1, 1, False, "linf", "fp32")
 
 
+def _ranking(
+    queries: int, images: int, *, dtype: torch.dtype = torch.float32, precision: str = "fp32", euclidean: bool = True
+) -> None:
+    operands = _rows(queries, 2048, dtype=dtype), _rows(images, 2048, dtype=dtype), _rows(images) if euclidean else None
+    ranges, starts = (_indices(queries), _indices(queries)), _indices(queries + 1)
+    ranking.same_identity_similarities(*operands, *ranges, starts, 30 * queries, precision)
+    ranking.count_negatives(*operands, *ranges, _rows(29 * queries), starts, precision)
+
+
+@case
+def ranking_fp32() -> None:
+    _ranking(11659, 82161)
+    _ranking(11659, 82161, euclidean=False)
+
+
+@case
+def ranking_tensor_cores() -> None:
+    _ranking(3368, 19732, precision="tf32")
+    _ranking(3368, 19732, precision="bf16")
+    _ranking(3368, 19732, dtype=torch.float16)
+
+
 def _maps(*shapes: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
     return [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
 
@@ -126,6 +153,13 @@ def ssd_one_channel() -> None:
     _ssd(features.contiguous(memory_format=torch.channels_last), [full, shared])
     tokens, shared = _maps((64, 210, 768), (64, 210, 1), dtype=torch.float32)
     _ssd(tokens[:, 1:], [shared[:, 1:]])
+
+
+@over_sizes
+def ssd_over_sizes() -> None:
+    for n in range(1, 301):
+        features, shared = _maps((n, 768, 16, 8), (n, 1, 16, 8), dtype=torch.float32)
+        _ssd(features, [features, shared])
 
 
 @over_sizes
@@ -156,3 +190,9 @@ def perturbation_loss_over_sizes() -> None:
         x, negatives = _rows(n, 2048), _rows(n, 4, 2048)
         losses.metric_perturbation_loss(x, negatives, x)
         losses.metric_perturbation_loss_backward(_rows(1), x, negatives, x, _rows(n, 4), _rows(n), True)
+
+
+@over_sizes
+def ranking_over_sizes() -> None:
+    for n in range(1, 301):
+        _ranking(n, 2 * n)

@@ -97,6 +97,31 @@ def metric_perturb() -> list[tuple[Any, ...]]:
     return [(_leaf(6, 4), LABELS, 0.1, 0.1, 2, False, "l2", "fp32", "torch")]
 
 
+def _maps() -> tuple[Tensor, list[Tensor]]:
+    return _leaf(3, 2, 2, 2), [_leaf(3, 2, 2, 2, seed=1), _leaf(3, 1, 2, 2, seed=2)]
+
+
+@operator
+def ssd_mask() -> list[tuple[Any, ...]]:
+    return [(*_maps(), "torch")]
+
+
+@operator
+def ssd_mask_perturbed() -> list[tuple[Any, ...]]:
+    return [(*_maps(), torch.tensor([1, 2, 0]), "torch")]
+
+
+@operator
+def ssd_mask_backward() -> list[tuple[Any, ...]]:
+    features, logits = (_leaf(3, 2, 2, 2).detach(), [_leaf(3, 1, 2, 2, seed=1).detach()])
+    gradient, permutation = torch.ones(3, 2, 2, 2), torch.tensor([1, 2, 0])
+    inverse = permutation.argsort()
+    return [
+        (features, logits, permutation, inverse, gradient, None, gradient, True, True, "torch"),
+        (features, logits, None, None, gradient, gradient, None, True, False, "torch"),
+    ]
+
+
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name: str) -> None:
     overload = getattr(torch.ops.apd_kernels, name).default
