@@ -18,7 +18,8 @@ from torch import Tensor
 
 from apd_kernels._core.backend import implementation, resolve_backend
 from apd_kernels._core.checks import check_choice, check_features, check_integers, check_same_kind
-from apd_kernels._core.operators import internal_dtype
+from apd_kernels._core.compiler import outside_of_graphs
+from apd_kernels._core.operators import implementation_context, internal_dtype
 from apd_kernels._core.precision import resolve_precision
 from apd_kernels._core.rows import unit_rows
 from apd_kernels.distance import METRICS
@@ -37,7 +38,7 @@ class RankMetrics(NamedTuple):
     valid: Tensor  # (Q,) bool: the query has a positive and is counted
 
 
-@torch.compiler.disable(reason="rank_metrics reads its data: call it outside the compiled part")
+@outside_of_graphs("rank_metrics reads its data: call it outside the compiled part")
 @torch.no_grad()
 def rank_metrics(
     query: Tensor,
@@ -105,7 +106,7 @@ def rank_metrics(
     ranking = implementation(backend, "ranking")
     pairs = _matched(query_ids, gallery_ids, query_cams, gallery_cams)
     operands = _prepared(query, gallery, pairs, metric, backend)
-    with torch.cuda.device_of(query):  # Triton launches on the current device
+    with implementation_context(query, backend):
         thresholds, starts = _thresholds(ranking, operands, pairs, precision)
         negatives = ranking.count_negatives(*operands, pairs.first, pairs.last, thresholds, starts, precision)
     return _summary(negatives, starts, pairs.query_rows, query.shape[0], ap, max_rank)

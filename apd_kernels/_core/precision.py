@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from apd_kernels._core.checks import check_choice
+from apd_kernels._core.compiler import constant_in_graphs
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 _OF_SWITCH = {
@@ -26,6 +27,7 @@ def resolve_precision(precision: str | None) -> str:
     return _switch()
 
 
+@constant_in_graphs
 def _switch() -> str:
     # The legacy getter raises once the new API has been used, so the new one is asked first.
     switch = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
@@ -35,8 +37,3 @@ def _switch() -> str:
         except RuntimeError:
             switch = "none"
     return _OF_SWITCH[switch]
-
-
-# What torch.compiler.assume_constant_result sets: a compiled graph keeps the switch that it was traced under. Calling
-# that function would import torch._dynamo, 1.4 s that a user who never compiles should not pay.
-_switch._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -98,10 +98,10 @@ def add_chosen(
     SCAN: tl.constexpr,
     BJ: tl.constexpr,
 ):
-    """acc + Σ over the anchors j that chose `row`, in index order, of w_j (row_values − anchor_j); for DOT −w_j anchor_j.
+    """acc + Σ_j w_j (row_values − anchor_j) over the anchors j that chose `row`, in index order; for DOT −w_j anchor_j.
 
-    A scan instead of a scatter: no atomics, the same sum in every run. Most chunks of SCAN anchors hold nobody who chose
-    this row and cost one load; the others are looked at BJ anchors at a time.
+    A scan instead of a scatter: no atomics, the same sum in every run. Most chunks of SCAN anchors hold nobody who
+    chose this row and cost one load; the others are looked at BJ anchors at a time.
     """
     for j0 in range(0, N, SCAN):
         j = j0 + tl.arange(0, SCAN)
