@@ -28,7 +28,7 @@ def triplet_loss(x: Tensor, labels: Tensor, margin: float | None) -> Tensor:
 
 
 def ascent_step(x: Tensor, start: Tensor, labels: Tensor, epsilon: float, step: float) -> Tensor:
-    """One step of projected gradient ascent by autograd, mining on the matrix, distances of the winners by difference."""
+    """One step of projected gradient ascent by autograd: mined on the matrix, differentiated by row differences."""
     with torch.enable_grad():
         z = x.detach().requires_grad_()
         with torch.no_grad():
