@@ -8,7 +8,7 @@ from torch import Tensor
 
 from apd_kernels._core.backend import resolve_backend
 from apd_kernels._core.checks import check_choice, check_comparable, check_features
-from apd_kernels._core.operators import differentiable, internal_dtype, operator
+from apd_kernels._core.operators import differentiable, first_derivatives_only, internal_dtype, operator
 from apd_kernels._core.precision import resolve_precision
 from apd_kernels._core.rows import unit_rows
 
@@ -32,7 +32,7 @@ def pairwise_distance(
         (N, M) or (S, N, M), float32 (float64 for float64 inputs). The gradient of a Euclidean distance at 0 is 0. With
         ``y=None`` the diagonal of ``"euclidean"`` and ``"sqeuclidean"`` is exactly 0. A NaN row gives NaN. Squares come
         from ‖x‖² + ‖y‖² − 2x·y and are rounded like these terms: between near-duplicates a float32 ``"euclidean"``
-        below 1e-3 ‖x‖ is mostly rounding.
+        below 1e-3 ‖x‖ is mostly rounding, and the squares of Euclidean rows must fit float32. First derivatives only.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or choice.
@@ -60,9 +60,17 @@ def _fake(x: Tensor, y: Tensor | None, metric: str, precision: str, backend: str
 
 
 def _fake_backward(
-    gradient: Tensor, distance: Tensor, x: Tensor, y: Tensor | None, metric: str, precision: str, backend: str
+    gradient: Tensor,
+    distance: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    metric: str,
+    precision: str,
+    needs_x: bool,
+    needs_y: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(0 if y is None else y.shape)
+    return x.new_empty(x.shape if needs_x else 0), x.new_empty(0 if y is None or not needs_y else y.shape)
 
 
 _pairwise_distance = operator(
@@ -73,9 +81,10 @@ _pairwise_distance = operator(
 _pairwise_distance_backward = operator(
     "distance",
     "pairwise_distance_backward(Tensor gradient, Tensor distance, Tensor x, Tensor? y, str metric, str precision, "
-    "str backend) -> (Tensor, Tensor)",
+    "bool needs_x, bool needs_y, str backend) -> (Tensor, Tensor)",
     fake=_fake_backward,
 )
+first_derivatives_only(_pairwise_distance_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -85,8 +94,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     distance, x, y = ctx.saved_tensors
-    for_x, for_y = _pairwise_distance_backward(gradient, distance, x, y, *ctx.choices)
-    return for_x, None if y is None else for_y, None, None, None
+    *choices, backend = ctx.choices
+    needs_x, needs_y = ctx.needs_input_grad[:2]
+    for_x, for_y = _pairwise_distance_backward(gradient, distance, x, y, *choices, needs_x, needs_y, backend)
+    return for_x if needs_x else None, for_y if needs_y else None, None, None, None
 
 
 differentiable(_pairwise_distance, _setup_context, _backward)

@@ -1,4 +1,4 @@
-"""Metric losses: batch-hard triplet, and APD's metric-perturbation loss."""
+"""Batch-hard triplet loss."""
 
 from __future__ import annotations
 
@@ -8,13 +8,7 @@ import torch
 from torch import Tensor
 
 from apd_kernels._core.backend import resolve_backend
-from apd_kernels._core.checks import (
-    check_comparable,
-    check_features,
-    check_floating,
-    check_number,
-    check_same_kind,
-)
+from apd_kernels._core.checks import check_number
 from apd_kernels._core.operators import differentiable, internal_dtype, operator
 from apd_kernels._core.precision import resolve_precision
 from apd_kernels.mining import Pair, checked_rows, pair_gradient
@@ -71,7 +65,8 @@ def triplet_loss(
         x, labels, y, y_labels, metric, precision: as in `batch_hard`.
         margin: hinge margin, at least 0; None for the soft margin.
         indices: (positive, negative) winners to use instead of mining, each int64 (N,) or (S, N) as returned by
-            `return_indices` or by `batch_hard` (``.indices``); anchors with a −1 are left out.
+            `return_indices` or by `batch_hard` (``.indices``); anchors with a −1 are left out. One beyond the rows is an
+            error of indexing on the PyTorch path and makes the loss NaN in the kernels.
         reverse: take d_n − d_p instead of d_p − d_n: the term then *removes* identity (APD, L_NK). The pairs mined are
             the same.
         return_indices: also return the winners, so that several losses share one mining.
@@ -207,103 +202,3 @@ def _backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ..
 
 differentiable(_triplet_loss, _setup_mined, _backward)
 differentiable(_triplet_loss_indexed, _setup_indexed, _backward)
-
-
-def metric_perturbation_loss(perturbed: Tensor, negatives: Tensor, original: Tensor) -> Tensor:
-    """How far perturbed samples are from matching negatives better than their originals (APD, eq. 3).
-
-    The mean over samples i and their negatives j of ln(1 + exp(d(p_i, n_ij) − d(p_i, o_i))) with the Euclidean
-    distance d: it falls as a perturbed sample moves toward its negatives and away from its original.
-
-    Args:
-        perturbed: features of the perturbed samples, shape (N, D); float16, bfloat16, float32 or float64.
-        negatives: features of other identities, shape (N, D), or (N, M, D) for M to a sample; dtype as `perturbed`.
-        original: features of the originals, shape (N, D), dtype as `perturbed`.
-
-    Returns:
-        float32 scalar (float64 for float64 inputs); 0 for N = 0 or M = 0. Differentiable once in all three; the
-        gradient of a distance at 0 is 0.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape or device.
-
-    >>> import torch
-    >>> x = torch.tensor([[0.0, 0.0]])
-    >>> metric_perturbation_loss(x, torch.tensor([[3.0, 4.0]]), x)
-    tensor(5.0067)
-    """
-    check_features("perturbed", perturbed, sets=False)
-    check_floating("negatives", negatives)
-    check_same_kind("negatives", negatives, "perturbed", perturbed)
-    count, dimension = perturbed.shape
-    if negatives.dim() == 2:
-        negatives = negatives[:, None]
-    if negatives.dim() != 3 or negatives.shape[0] != count or negatives.shape[2] != dimension:
-        raise ValueError(
-            f"negatives: expected shape ({count}, {dimension}) or ({count}, M, {dimension}), "
-            f"got {tuple(negatives.shape)}"
-        )
-    check_comparable("original", original, "perturbed", perturbed)
-    if original.shape != perturbed.shape:
-        raise ValueError(f"original: expected shape {tuple(perturbed.shape)}, got {tuple(original.shape)}")
-    loss, _, _ = _metric_perturbation_loss(perturbed, negatives, original, resolve_backend(perturbed))
-    return loss
-
-
-def _fake_perturbation(
-    perturbed: Tensor, negatives: Tensor, original: Tensor, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = internal_dtype(perturbed)
-    return (
-        perturbed.new_empty((), dtype=dtype),
-        perturbed.new_empty(negatives.shape[:2], dtype=dtype),
-        perturbed.new_empty(negatives.shape[:1], dtype=dtype),
-    )
-
-
-def _fake_perturbation_backward(
-    gradient: Tensor,
-    perturbed: Tensor,
-    negatives: Tensor,
-    original: Tensor,
-    to_negatives: Tensor,
-    to_original: Tensor,
-    for_negatives: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(perturbed, memory_format=torch.contiguous_format),
-        perturbed.new_empty(negatives.shape if for_negatives else 0),
-        torch.empty_like(original, memory_format=torch.contiguous_format),
-    )
-
-
-# Also returns d(p_i, n_ij), (N, M), and d(p_i, o_i), (N,), for the backward pass.
-_metric_perturbation_loss = operator(
-    "losses",
-    "metric_perturbation_loss(Tensor perturbed, Tensor negatives, Tensor original, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
-    fake=_fake_perturbation,
-)
-_metric_perturbation_loss_backward = operator(
-    "losses",
-    "metric_perturbation_loss_backward(Tensor gradient, Tensor perturbed, Tensor negatives, Tensor original, "
-    "Tensor to_negatives, Tensor to_original, bool for_negatives, str backend) -> (Tensor, Tensor, Tensor)",
-    fake=_fake_perturbation_backward,
-)
-
-
-def _setup_perturbation(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.backend = inputs
-    _, *distances = output
-    ctx.mark_non_differentiable(*distances)
-    ctx.save_for_backward(*tensors, *distances)
-
-
-def _backward_perturbation(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    needed = ctx.needs_input_grad
-    gradients = _metric_perturbation_loss_backward(gradient, *ctx.saved_tensors, needed[1], ctx.backend)
-    return (*(value if wanted else None for value, wanted in zip(gradients, needed, strict=False)), None)
-
-
-differentiable(_metric_perturbation_loss, _setup_perturbation, _backward_perturbation)

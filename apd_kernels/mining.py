@@ -9,7 +9,7 @@ from torch import Tensor
 
 from apd_kernels._core.backend import resolve_backend
 from apd_kernels._core.checks import check_choice, check_comparable, check_features, check_integers
-from apd_kernels._core.operators import differentiable, internal_dtype, operator
+from apd_kernels._core.operators import differentiable, first_derivatives_only, internal_dtype, operator
 from apd_kernels._core.precision import resolve_precision
 from apd_kernels._core.rows import unit_rows
 from apd_kernels.distance import METRICS
@@ -55,7 +55,8 @@ def batch_hard(
 
     Returns:
         `HardPairs` ``(distances, indices, valid)``; the first two are ``(positive, negative)`` pairs. Equal distances
-        are won by the lowest index. A row with a NaN wins on either side, and its distance is NaN.
+        are won by the lowest index. A row with a NaN wins on either side, and its distance is NaN. First derivatives
+        only.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or choice.
@@ -133,6 +134,7 @@ pair_gradient = operator(
     "Tensor negative_index, str metric, bool for_x, bool for_y, str backend) -> (Tensor, Tensor)",
     fake=_fake_gradient,
 )
+first_derivatives_only(pair_gradient)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -165,9 +167,10 @@ def _backward(ctx: Any, for_positive: Tensor, for_negative: Tensor, *_: Tensor) 
 
 
 def _per_difference(gradient: Tensor, distance: Tensor, metric: str) -> Tensor:
-    """The weight of the row difference x − y in the gradient: g/d, 2g or g; 0 for a Euclidean distance of 0."""
+    """The weight of the row difference x − y in the gradient: g/d, 2g or g; 0 for a Euclidean distance of 0, and for a
+    gradient of 0 whatever the distance, so that a NaN that was masked out stays out."""
     if metric == "euclidean":
-        return torch.where(distance == 0, 0, gradient / distance)
+        return torch.where((distance == 0) | (gradient == 0), 0, gradient / distance)
     return 2 * gradient if metric == "sqeuclidean" else gradient
 
 

@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, NamedTuple, overload
 
+import torch
 from torch import Tensor
 
-from apd_kernels._core.backend import resolve_backend
-from apd_kernels._core.checks import check_choice, check_features, check_integers, check_number
-from apd_kernels._core.operators import differentiable, operator
+from apd_kernels._core.backend import named_backend, resolve_backend
+from apd_kernels._core.checks import (
+    check_choice,
+    check_comparable,
+    check_features,
+    check_floating,
+    check_integers,
+    check_number,
+    check_same_kind,
+)
+from apd_kernels._core.operators import differentiable, internal_dtype, operator
 from apd_kernels._core.precision import resolve_precision
+from apd_kernels._core.rows import unit_rows
+from apd_kernels.losses import triplet_loss
+from apd_kernels.mining import batch_hard
+from apd_kernels.perturbation import metric_perturbation_loss
 
 
+MAX_DIMENSION = 4096  # the kernels hold whole rows in registers; wider features take the PyTorch path
+
+
+class PerturbInfo(NamedTuple):
+    """What a perturbation did; one entry a set for (S, N, D)."""
+
+    losses: Tensor  # (steps + 1,) or (steps + 1, S): the objective before the first step and after each
+    flipped: Tensor  # of the rows whose nearest other row has their identity, the share for which it no longer has
+
+
+@overload
+def metric_perturb(x: Tensor, labels: Tensor, *, return_info: Literal[False] = ..., **options: Any) -> Tensor: ...
+@overload
+def metric_perturb(
+    x: Tensor, labels: Tensor, *, return_info: Literal[True], **options: Any
+) -> tuple[Tensor, PerturbInfo]: ...
 def metric_perturb(
     x: Tensor,
     labels: Tensor,
@@ -22,14 +51,27 @@ def metric_perturb(
     step_size: float | None = None,
     norm: str = "l2",
     objective: str = "triplet",
-) -> Tensor:
+    negatives: Tensor | None = None,
+    memory: Tensor | None = None,
+    memory_labels: Tensor | None = None,
+    random_start: bool = False,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    return_info: bool = False,
+) -> Tensor | tuple[Tensor, PerturbInfo]:
     """Features moved inside a ball so that they match badly: hard samples without a generator.
 
-    Each step mines, for every row as an anchor, its farthest positive and nearest negative, ascends the sum over the
-    anchors of ln(1 + exp(d_p − d_n)) with Euclidean distances, and projects every row back into the ball around its
-    original. All rows move together, and a row's gradient includes the anchors that chose it. A row takes the whole
-    step in the direction of its gradient (``"l2"``: the gradient divided by its norm, ``"linf"``: its sign); a row
-    whose gradient is zero stays.
+    Each step follows the gradient of the objective and projects every row back into the ball around its original. A row
+    takes the whole step in the direction of its gradient (``"l2"``: the gradient divided by its norm, ``"linf"``: its
+    sign); a row whose gradient is zero stays.
+
+    ``objective="triplet"`` ascends the sum over the anchors of ln(1 + exp(d_p − d_n)), with the Euclidean distances to
+    the farthest positive and the nearest negative, mined anew in each step. All rows move together, and a row's
+    gradient includes the anchors that chose it. With a memory the partners are rows of the memory, which do not move.
+
+    ``objective="negative"`` descends APD's eq. 3, the mean over a row's negatives of ln(1 + exp(d(z, n) − d(z, x))):
+    toward its negatives, away from its original. The gradient of d(z, x) at z = x is 0, so the first step goes to the
+    negatives. Without `negatives` it is the row of another identity nearest to x, in the batch or in the memory.
 
     Args:
         x: features, shape (N, D) or (S, N, D) for S sets with the same labels; float16, bfloat16, float32, float64.
@@ -40,12 +82,20 @@ def metric_perturb(
         steps: number of steps, at least 0; 0 returns `x` itself, and so does ``epsilon=0``.
         step_size: length of a step, in the unit of `epsilon`; None for 2.5 · epsilon / steps.
         norm: of the ball and the steps, ``"l2"`` or ``"linf"``.
-        objective: ``"triplet"``, the soft-margin batch-hard loss described above.
+        objective: ``"triplet"`` or ``"negative"``.
+        negatives: for ``"negative"``: features of other identities, (N, D) or (N, M, D) for x (N, D), dtype as `x`.
+        memory: rows to mine in instead of the batch, shape (M, D) or (S, M, D), dtype as `x`.
+        memory_labels: identity of each row of the memory, shape (M,).
+        random_start: begin at a point drawn uniformly from the ball.
+        noise: begin at x + noise, projected into the ball: the form for torch.compile and for tests across devices.
+            Shape and dtype of `x`.
+        generator: of the random start.
+        return_info: also return a `PerturbInfo`; it takes the steps one by one.
 
     Returns:
-        Shape and dtype of `x`. Computed in float32 (float64 for float64), so that half-precision results lie in the
-        ball up to their own rounding. The gradient is passed straight through to `x`. A NaN row is mined as the hardest
-        and makes the rows that choose it NaN.
+        Shape and dtype of `x`, or ``(perturbed, info)``. Computed in float32 or better, so that half-precision results
+        lie in the ball up to their own rounding. The gradient is passed straight through to `x`. A NaN row is mined as
+        the hardest and makes the rows that choose it NaN.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device, range or choice.
@@ -55,11 +105,15 @@ def metric_perturb(
 
     >>> import torch
     >>> x = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0], [1.0, 3.0]])
-    >>> hard = metric_perturb(x, torch.tensor([0, 0, 1, 1]), epsilon=0.5, steps=5)
+    >>> labels = torch.tensor([0, 0, 1, 1])
+    >>> hard = metric_perturb(x, labels, epsilon=0.5, steps=5)
     >>> (hard - x).norm(dim=1)  # as far as the ball lets them
     tensor([0.5000, 0.5000, 0.5000, 0.5000])
     >>> (hard[0] - hard[1]).norm() > (x[0] - x[1]).norm()  # positives apart
     tensor(True)
+    >>> _, info = metric_perturb(x, labels, epsilon=1.5, steps=3, return_info=True)
+    >>> bool(info.losses[-1] > info.losses[0])
+    True
     """
     check_features("x", x)
     check_integers("labels", labels, x.shape[-2], x.device)
@@ -72,42 +126,154 @@ def metric_perturb(
     if step_size is not None:
         check_number("step_size", step_size)
     check_choice("norm", norm, ("l2", "linf"))
-    check_choice("objective", objective, ("triplet",))
+    check_choice("objective", objective, ("triplet", "negative"))
+    _check_partners(x, objective, negatives, memory, memory_labels)
+    if noise is not None:
+        check_floating("noise", noise)
+        check_same_kind("noise", noise, "x", x)
+        if noise.shape != x.shape:
+            raise ValueError(f"noise: expected shape {tuple(x.shape)}, got {tuple(noise.shape)}")
+        if random_start:
+            raise ValueError("noise: expected None with random_start=True, which draws its own, got a tensor")
     backend = resolve_backend(x)
-    if steps == 0 or epsilon == 0:
-        return x
-    step = 2.5 * epsilon / steps if step_size is None else step_size
-    return _metric_perturb(
-        x,
-        labels,
-        float(epsilon),
-        float(step),
-        steps,
-        epsilon_mode == "relative",
-        norm,
-        resolve_precision(None),
-        backend,
-    )
+    if backend == "triton" and x.shape[-1] > MAX_DIMENSION:
+        if named_backend() is not None:
+            raise ValueError(f"x: the 'triton' backend takes at most {MAX_DIMENSION} dimensions, got {x.shape[-1]}")
+        backend = "torch"
+    relative = epsilon_mode == "relative"
+    perturbed = x
+    take: Any = None
+    if steps > 0 and epsilon > 0 and x.numel() > 0:
+        step = float(2.5 * epsilon / steps if step_size is None else step_size)
+        scalars = (float(epsilon), step)
+        choices = (relative, norm, resolve_precision(None), backend)
+        begin = _beginning(x, float(epsilon), relative, norm, random_start, noise, generator)
+        if objective == "triplet":
+
+            def take(begin: Tensor | None, count: int) -> Tensor:
+                return _metric_perturb(x, labels, begin, memory, memory_labels, *scalars, count, *choices)
+        else:
+            rows, valid = _negatives(x, labels, negatives, memory, memory_labels)
+
+            def take(begin: Tensor | None, count: int) -> Tensor:
+                return _negative_perturb(x, rows, valid, begin, *scalars, count, relative, norm, backend)
+
+    if not return_info:
+        return x if take is None else take(begin, steps)
+    points = [x if take is None or begin is None else begin.to(x.dtype)]
+    for _ in range(steps):
+        points.append(x if take is None else take(begin if len(points) == 1 else points[-1], 1))
+    perturbed = points[-1]
+    with torch.no_grad():
+        if objective == "triplet":
+            losses = [triplet_loss(z, labels, memory, memory_labels, margin=None) for z in points]
+        else:
+            rows, _ = _negatives(x, labels, negatives, memory, memory_labels)
+            losses = [_eq3(z, rows, x) for z in points]
+        return perturbed, PerturbInfo(torch.stack(losses), _flipped(x, perturbed, labels))
 
 
-def _fake(
+def _check_partners(
+    x: Tensor, objective: str, negatives: Tensor | None, memory: Tensor | None, memory_labels: Tensor | None
+) -> None:
+    if negatives is not None:
+        if objective != "negative":
+            raise ValueError(f"negatives: expected None for objective={objective!r}, which mines its own, got a tensor")
+        check_floating("negatives", negatives)
+        check_same_kind("negatives", negatives, "x", x)
+        n, d = x.shape[-2:]
+        shape = negatives.shape
+        if x.dim() != 2 or shape[0] != n or shape[-1] != d or negatives.dim() not in (2, 3):
+            raise ValueError(f"negatives: expected shape ({n}, {d}) or ({n}, M, {d}) for x (N, D), got {tuple(shape)}")
+        if memory is not None:
+            raise ValueError("memory: expected None with negatives, which leave nothing to mine, got a tensor")
+    if (memory is None) != (memory_labels is None):
+        given, missing = ("memory", "memory_labels") if memory_labels is None else ("memory_labels", "memory")
+        raise ValueError(f"{missing}: expected with {given}, got None")
+    if memory is not None and memory_labels is not None:
+        check_comparable("memory", memory, "x", x)
+        check_integers("memory_labels", memory_labels, memory.shape[-2], x.device)
+
+
+def _beginning(
     x: Tensor,
-    labels: Tensor,
     epsilon: float,
-    step_size: float,
-    steps: int,
     relative: bool,
     norm: str,
-    precision: str,
-    backend: str,
-) -> Tensor:
+    random_start: bool,
+    noise: Tensor | None,
+    generator: torch.Generator | None,
+) -> Tensor | None:
+    """The first point where it is not x, in the internal dtype."""
+    if noise is None and not random_start:
+        return None
+    start = x.detach().to(internal_dtype(x))
+    order = 2 if norm == "l2" else float("inf")
+    radius = start.new_full((1,), epsilon)
+    if relative:
+        radius = epsilon * torch.linalg.vector_norm(start, ord=order, dim=-1, keepdim=True)
+    if noise is not None:
+        offset = noise.detach().to(start.dtype)
+        if norm == "linf":
+            return start + offset.clamp(-radius, radius)
+        length = torch.linalg.vector_norm(offset, dim=-1, keepdim=True)
+        return start + offset * (radius / torch.where(length > radius, length, radius)).nan_to_num(0)
+    drawn = torch.empty_like(start)
+    if norm == "linf":
+        return start + radius * drawn.uniform_(-1, 1, generator=generator)
+    direction = unit_rows(drawn.normal_(generator=generator))
+    share = torch.empty_like(start[..., :1]).uniform_(generator=generator)
+    return start + radius * share ** (1 / x.shape[-1]) * direction
+
+
+def _negatives(
+    x: Tensor, labels: Tensor, negatives: Tensor | None, memory: Tensor | None, memory_labels: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The negatives of each row, (…, N, M, D), and which rows have any."""
+    if negatives is not None:
+        rows = negatives.detach() if negatives.dim() == 3 else negatives.detach()[:, None]
+        return rows, torch.full(x.shape[:-1], rows.shape[1] > 0, device=x.device)
+    with torch.no_grad():
+        index = batch_hard(x, labels, memory, memory_labels).indices.negative
+        source = x.detach() if memory is None else memory.detach()
+        if source.shape[-2] == 0:
+            return x.new_zeros((*x.shape[:-1], 0, x.shape[-1])), index >= 0
+        taken = source.gather(-2, index.clamp(min=0)[..., None].expand(*index.shape, x.shape[-1]))
+        return taken[..., None, :], index >= 0
+
+
+def _eq3(z: Tensor, negatives: Tensor, x: Tensor) -> Tensor:
+    if x.dim() == 2:
+        return metric_perturbation_loss(z, negatives, x)
+    return torch.stack([metric_perturbation_loss(*rows) for rows in zip(z, negatives, x, strict=True)])
+
+
+def _flipped(x: Tensor, perturbed: Tensor, labels: Tensor) -> Tensor:
+    def own_identity_first(z: Tensor) -> Tensor:
+        # Every row its own identity: the nearest "negative" is the nearest other row.
+        alone = torch.arange(len(labels), device=labels.device)
+        nearest = batch_hard(z, alone).indices.negative
+        return (labels[nearest.clamp(min=0)] == labels) & (nearest >= 0)
+
+    before = own_identity_first(x)
+    lost = before & ~own_identity_first(perturbed)
+    return lost.sum(-1).to(internal_dtype(x)) / before.sum(-1).clamp(min=1)
+
+
+def _fake(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
 _metric_perturb = operator(
     "perturb",
-    "metric_perturb(Tensor x, Tensor labels, float epsilon, float step_size, int steps, bool relative, str norm, "
-    "str precision, str backend) -> Tensor",
+    "metric_perturb(Tensor x, Tensor labels, Tensor? begin, Tensor? memory, Tensor? memory_labels, float epsilon, "
+    "float step_size, int steps, bool relative, str norm, str precision, str backend) -> Tensor",
+    fake=_fake,
+)
+_negative_perturb = operator(
+    "perturb",
+    "negative_perturb(Tensor x, Tensor negatives, Tensor valid, Tensor? begin, float epsilon, float step_size, "
+    "int steps, bool relative, str norm, str backend) -> Tensor",
     fake=_fake,
 )
 
@@ -121,3 +287,4 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 differentiable(_metric_perturb, _setup_context, _backward)
+differentiable(_negative_perturb, _setup_context, _backward)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from apd_kernels._core.backend import resolve_backend
 from apd_kernels._core.checks import check_floating, check_integers, check_same_kind, check_tensor
-from apd_kernels._core.maps import channel_axis, memory_format
+from apd_kernels._core.maps import channel_axis, memory_format, stacked_like
 from apd_kernels._core.operators import differentiable, operator
 from apd_kernels.reference import ssd as reference
 
@@ -23,7 +23,21 @@ class DisentangledMaps(NamedTuple):
     perturbed: Tensor | None  # K* = K + NK of another image; None without a permutation
 
 
-def ssd_mask(features: Tensor, logits: Sequence[Tensor], permutation: Tensor | None) -> DisentangledMaps:
+@overload
+def ssd_mask(
+    features: Tensor, logits: Sequence[Tensor], permutation: Tensor | None, *, stacked: Literal[False] = ...
+) -> DisentangledMaps: ...
+@overload
+def ssd_mask(
+    features: Tensor, logits: Sequence[Tensor], permutation: Tensor | None, *, stacked: Literal[True]
+) -> Tensor: ...
+@overload
+def ssd_mask(
+    features: Tensor, logits: Sequence[Tensor], permutation: Tensor | None, *, stacked: bool
+) -> DisentangledMaps | Tensor: ...
+def ssd_mask(
+    features: Tensor, logits: Sequence[Tensor], permutation: Tensor | None, *, stacked: bool = False
+) -> DisentangledMaps | Tensor:
     """Split features into identity-relevant and irrelevant parts, and perturb the first with another image's second.
 
     With a the mean of the sigmoids of the logits: K = a ⊙ F, NK = F − K, K* = K + NK[permutation] (APD, SSD: Tan et
@@ -39,9 +53,13 @@ def ssd_mask(features: Tensor, logits: Sequence[Tensor], permutation: Tensor | N
             `identity_derangement`. None leaves out K*. A wrong one is a ValueError on the CPU. On CUDA that check would
             wait for the GPU, so it is left to the caller: where an image is named twice or not at all its gradient is
             NaN, and an entry outside 0 … B−1 gives NaN (in the kernels; on the PyTorch path, the error of indexing).
+        stacked: return the maps as one batch for one pass of a shared network. They are written where they belong in
+            it, and its gradient is read there: nothing is copied.
 
     Returns:
-        `DisentangledMaps` ``(relevant, irrelevant, perturbed)``. Differentiable once in the features and all logits.
+        `DisentangledMaps` ``(relevant, irrelevant, perturbed)``. With `stacked` one tensor of 3B images, K, NK, K* in
+        this order (2B, K and NK, without a permutation), which ``DisentangledMaps(*network(maps).chunk(3))`` names
+        again. Differentiable once in the features and all logits.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or, on the CPU, no permutation.
@@ -51,15 +69,21 @@ def ssd_mask(features: Tensor, logits: Sequence[Tensor], permutation: Tensor | N
     >>> relevant, irrelevant, perturbed = ssd_mask(features, [torch.full((2, 1, 1), 1.0986)], torch.tensor([1, 0]))
     >>> relevant.flatten(), irrelevant.flatten(), perturbed.flatten()
     (tensor([3.0000, 6.0000]), tensor([1.0000, 2.0000]), tensor([5.0000, 7.0000]))
+    >>> ssd_mask(features, [torch.full((2, 1, 1), 1.0986)], torch.tensor([1, 0]), stacked=True).flatten()
+    tensor([3.0000, 6.0000, 1.0000, 2.0000, 5.0000, 7.0000])
     """
     _check_maps(features, logits)
+    if permutation is not None:
+        check_integers("permutation", permutation, len(features), features.device)
+        if permutation.dtype != torch.int64:
+            raise TypeError(f"permutation: expected torch.int64, got {permutation.dtype}")
     backend = resolve_backend(features)
+    if stacked:
+        maps, _ = _ssd_mask_stacked(features, list(logits), permutation, backend)
+        return maps
     if permutation is None:
         relevant, irrelevant = _ssd_mask(features, list(logits), backend)
         return DisentangledMaps(relevant, irrelevant, None)
-    check_integers("permutation", permutation, len(features), features.device)
-    if permutation.dtype != torch.int64:
-        raise TypeError(f"permutation: expected torch.int64, got {permutation.dtype}")
     relevant, irrelevant, perturbed, _ = _ssd_mask_perturbed(features, list(logits), permutation, backend)
     return DisentangledMaps(relevant, irrelevant, perturbed)
 
@@ -99,6 +123,13 @@ def _fake_perturbed(
     return _like(features), _like(features), _like(features), inverse
 
 
+def _fake_stacked(
+    features: Tensor, logits: list[Tensor], permutation: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    inverse = features.new_empty(0 if permutation is None else permutation.shape, dtype=torch.int64)
+    return stacked_like(features, 2 if permutation is None else 3), inverse
+
+
 def _fake_backward(
     features: Tensor,
     logits: list[Tensor],
@@ -129,6 +160,12 @@ _ssd_mask_perturbed = operator(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_perturbed,
 )
+# K, NK, K* one after the other, and the inverse of the permutation.
+_ssd_mask_stacked = operator(
+    "ssd",
+    "ssd_mask_stacked(Tensor features, Tensor[] logits, Tensor? permutation, str backend) -> (Tensor, Tensor)",
+    fake=_fake_stacked,
+)
 _ssd_mask_backward = operator(
     "ssd",
     "ssd_mask_backward(Tensor features, Tensor[] logits, Tensor? permutation, Tensor? inverse, Tensor? for_relevant, "
@@ -150,6 +187,14 @@ def _setup_perturbed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(inverse)
     ctx.save_for_backward(features, permutation, inverse, *logits)
+
+
+def _setup_stacked(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    features, logits, permutation, ctx.backend = inputs
+    _, inverse = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(inverse)
+    ctx.save_for_backward(features, permutation, None if permutation is None else inverse, *logits)
 
 
 def _gradients(ctx: Any, *maps: Tensor | None) -> tuple[Tensor | None, list[Tensor | None]]:
@@ -174,8 +219,15 @@ def _backward_perturbed(
     return *_gradients(ctx, for_relevant, for_irrelevant, for_perturbed), None, None
 
 
+def _backward_stacked(ctx: Any, for_maps: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    permuted = ctx.saved_tensors[1] is not None
+    maps = (None,) * 3 if for_maps is None else for_maps.chunk(3) if permuted else (*for_maps.chunk(2), None)
+    return *_gradients(ctx, *maps), None, None
+
+
 differentiable(_ssd_mask, _setup_context, _backward)
 differentiable(_ssd_mask_perturbed, _setup_perturbed, _backward_perturbed)
+differentiable(_ssd_mask_stacked, _setup_stacked, _backward_stacked)
 
 
 @overload

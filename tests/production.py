@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from apd_kernels.kernels import distance, losses, mining, perturb, ranking, ssd
+from apd_kernels.kernels import distance, losses, mining, perturb, perturbation, ranking, ssd
 
 CASES: list[Callable[[], None]] = []
 
@@ -59,8 +59,8 @@ def distance_bf16_of_fp32() -> None:
 @case
 def distance_gradient() -> None:
     x, y, g = _rows(4096, 2048), _rows(8192, 2048), _rows(4096, 8192)
-    distance.pairwise_distance_backward(g, g, x, y, "euclidean", "fp32")
-    distance.pairwise_distance_backward(_rows(4096, 4096), _rows(4096, 4096), x, None, "dot", "fp32")
+    distance.pairwise_distance_backward(g, g, x, y, "euclidean", "fp32", True, True)
+    distance.pairwise_distance_backward(_rows(4096, 4096), _rows(4096, 4096), x, None, "dot", "fp32", True, False)
 
 
 @case
@@ -92,17 +92,54 @@ def pair_gradient() -> None:
     mining.pair_gradient(x, y, w, w, i, i, "dot", True, True)
 
 
+def _perturbation(n: int, negatives: torch.Tensor, indices: torch.Tensor | None) -> None:
+    """The gradient of `perturbed` from the forward pass, and those of all inputs from the backward pass."""
+    x, one = _rows(n, negatives.shape[-1], dtype=negatives.dtype), _rows(1)
+    *_, to_negatives, to_original, total = perturbation.metric_perturbation_loss(x, negatives, x, indices, True)
+    perturbation.metric_perturbation_loss_scaled(one, one, total)
+    perturbation.metric_perturbation_loss_backward(
+        one, one, x, negatives, x, indices, to_negatives, to_original, indices is None
+    )
+
+
 @case
 def perturbation_loss() -> None:
-    x, negatives, one = _rows(64, 2048), _rows(64, 4, 2048), _rows(1)
-    losses.metric_perturbation_loss(x, negatives, x)
-    losses.metric_perturbation_loss_backward(one, x, negatives, x, _rows(64, 4), _rows(64), True)
+    _perturbation(64, _rows(64, 4, 2048), None)
+    _perturbation(64, _rows(64, 4, 2048, dtype=torch.float16).transpose(0, 1).contiguous().transpose(0, 1), None)
 
 
 @case
-def metric_perturb() -> None:
-    perturb.metric_perturb(_rows(64, 2048), _indices(64), 0.1, 0.025, 2, True, "l2", "fp32")
-    perturb.metric_perturb(_rows(4096, 512), _indices(4096), 0.1, 0.1, 1, False, "linf", "fp32")
+def perturbation_loss_in_bank() -> None:
+    _perturbation(256, _rows(65536, 768, dtype=torch.bfloat16), _indices(256, 4))
+    _perturbation(64, _rows(4096, 8192), _indices(64, 4))
+
+
+@case
+def perturbation_loss_of_long_rows() -> None:
+    _perturbation(64, _rows(64, 4, 12288), None)
+
+
+@case
+def metric_perturb_solver() -> None:
+    for n in (16, 64):
+        x = _rows(n, 2048)
+        perturb.metric_perturb(x, _indices(n), None, None, None, 0.1, 0.025, 10, True, "l2", "fp32")
+
+
+@case
+def metric_perturb_steps() -> None:
+    x, memory = _rows(4096, 2048), _rows(65536, 2048)
+    perturb.metric_perturb(x, _indices(4096), None, None, None, 0.1, 0.1, 2, True, "l2", "fp32")
+    perturb.metric_perturb(x, _indices(4096), None, memory, _indices(65536), 0.1, 0.1, 1, False, "l2", "fp32")
+    perturb.metric_perturb(_rows(256, 768), _indices(256), None, None, None, 0.1, 0.1, 1, False, "linf", "fp32")
+    perturb.metric_perturb(_rows(256, 3840), _indices(256), None, None, None, 0.1, 0.1, 1, False, "linf", "fp32")
+
+
+@case
+def negative_perturb() -> None:
+    valid = torch.empty(64, dtype=torch.bool, device="meta")
+    perturb.negative_perturb(_rows(64, 2048), _rows(64, 4, 2048), valid, None, 0.1, 0.1, 10, False, "l2")
+    perturb.negative_perturb(_rows(64, 3840), _rows(64, 1, 3840), valid, None, 0.1, 0.1, 10, True, "linf")
 
 
 def _ranking(
@@ -167,7 +204,7 @@ def distance_over_sizes() -> None:
     for n in range(1, 301):
         g = _rows(n, 300)
         distance.pairwise_distance(_rows(n, 2048), _rows(300, 2048), "euclidean", "fp32")
-        distance.pairwise_distance_backward(g, g, _rows(n, 2048), None, "euclidean", "fp32")
+        distance.pairwise_distance_backward(g, g, _rows(n, 2048), None, "euclidean", "fp32", True, False)
 
 
 @over_sizes
@@ -181,15 +218,20 @@ def triplet_over_sizes() -> None:
 @over_sizes
 def metric_perturb_over_sizes() -> None:
     for n in range(1, 301):
-        perturb.metric_perturb(_rows(n, 2048), _indices(n), 0.1, 0.1, 1, False, "l2", "fp32")
+        x = _rows(n, 2048)
+        perturb.metric_perturb(x, _indices(n), None, None, None, 0.1, 0.1, 1, False, "linf", "fp32")
 
 
 @over_sizes
 def perturbation_loss_over_sizes() -> None:
     for n in range(1, 301):
-        x, negatives = _rows(n, 2048), _rows(n, 4, 2048)
-        losses.metric_perturbation_loss(x, negatives, x)
-        losses.metric_perturbation_loss_backward(_rows(1), x, negatives, x, _rows(n, 4), _rows(n), True)
+        _perturbation(n, _rows(n, 4, 2048), None)
+
+
+@over_sizes
+def perturbation_loss_in_bank_over_sizes() -> None:
+    for n in range(1, 301):
+        _perturbation(n, _rows(10 * n, 2048), _indices(n, 1 + n % 7))
 
 
 @over_sizes

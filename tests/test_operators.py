@@ -40,8 +40,8 @@ def pairwise_distance() -> list[tuple[Any, ...]]:
 def pairwise_distance_backward() -> list[tuple[Any, ...]]:
     x, y = _leaf(6, 4).detach(), _leaf(5, 4, seed=1).detach()
     return [
-        (torch.ones(6, 5), torch.cdist(x, y), x, y, "euclidean", "fp32", "torch"),
-        (torch.ones(6, 6), torch.cdist(x, x), x, None, "dot", "fp32", "torch"),
+        (torch.ones(6, 5), torch.cdist(x, y), x, y, "euclidean", "fp32", True, True, "torch"),
+        (torch.ones(6, 6), torch.cdist(x, x), x, None, "dot", "fp32", True, False, "torch"),
     ]
 
 
@@ -80,21 +80,45 @@ def triplet_loss_indexed() -> list[tuple[Any, ...]]:
 
 @operator
 def metric_perturbation_loss() -> list[tuple[Any, ...]]:
-    return [(_leaf(3, 4), _leaf(3, 2, 4, seed=1), _leaf(3, 4, seed=2), "torch")]
+    rows = [_leaf(3, 4), _leaf(3, 2, 4, seed=1), _leaf(3, 4, seed=2)]
+    bank, indices = _leaf(5, 4).detach(), torch.tensor([[0], [4], [-1]])
+    return [
+        (*rows, None, False, "torch"),
+        (rows[0], rows[1].detach(), rows[2].detach(), None, True, "torch"),
+        (rows[0], bank, rows[2], indices, False, "torch"),
+        (rows[0], bank, rows[2].detach(), indices, True, "torch"),
+    ]
 
 
 @operator
 def metric_perturbation_loss_backward() -> list[tuple[Any, ...]]:
     rows = [_leaf(*shape, seed=shape[0]).detach() for shape in ((3, 4), (3, 2, 4), (3, 4))]
+    one, distances = torch.tensor(1.0), (torch.ones(3, 2), torch.ones(3))
     return [
-        (torch.tensor(1.0), *rows, torch.ones(3, 2), torch.ones(3), for_negatives, "torch")
-        for for_negatives in (True, False)
+        *((one, one, *rows, None, *distances, for_negatives, "torch") for for_negatives in (True, False)),
+        (one, one, rows[0], rows[0], rows[2], torch.tensor([[0, 2], [-1, 1], [0, 0]]), *distances, False, "torch"),
     ]
 
 
 @operator
+def metric_perturbation_loss_scaled() -> list[tuple[Any, ...]]:
+    return [(torch.tensor(1.0), torch.tensor(0.5), _leaf(3, 4).detach(), "torch")]
+
+
+@operator
 def metric_perturb() -> list[tuple[Any, ...]]:
-    return [(_leaf(6, 4), LABELS, 0.1, 0.1, 2, False, "l2", "fp32", "torch")]
+    x, ball = _leaf(6, 4), (0.1, 0.1, 2, False, "l2", "fp32", "torch")
+    return [
+        (x, LABELS, None, None, None, *ball),
+        (_leaf(6, 40), LABELS, None, None, None, *ball),
+        (x, LABELS, x.detach() + 0.01, _leaf(5, 4, seed=1).detach(), LABELS[:5], *ball),
+    ]
+
+
+@operator
+def negative_perturb() -> list[tuple[Any, ...]]:
+    negatives, valid = _leaf(6, 2, 4, seed=1).detach(), torch.ones(6, dtype=torch.bool)
+    return [(_leaf(6, 4), negatives, valid, None, 0.1, 0.1, 2, True, "linf", "torch")]
 
 
 def _maps() -> tuple[Tensor, list[Tensor]]:
@@ -109,6 +133,11 @@ def ssd_mask() -> list[tuple[Any, ...]]:
 @operator
 def ssd_mask_perturbed() -> list[tuple[Any, ...]]:
     return [(*_maps(), torch.tensor([1, 2, 0]), "torch")]
+
+
+@operator
+def ssd_mask_stacked() -> list[tuple[Any, ...]]:
+    return [(*_maps(), torch.tensor([1, 2, 0]), "torch"), (*_maps(), None, "torch")]
 
 
 @operator
@@ -127,6 +156,14 @@ def test_opcheck(name: str) -> None:
     overload = getattr(torch.ops.apd_kernels, name).default
     for arguments in OPERATORS[name]():
         torch.library.opcheck(overload, arguments)
+        torch.library.opcheck(overload, tuple(map(_transposed, arguments)))
+
+
+def _transposed(value: Any) -> Any:
+    """The same values in transposed memory: results must have the strides that the fakes promise all the same."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() not in (2, 3):
+        return value
+    return value.detach().mT.contiguous().mT.requires_grad_(value.requires_grad)
 
 
 def test_every_operator_is_checked() -> None:

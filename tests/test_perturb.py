@@ -7,7 +7,7 @@ from conftest import Backend
 from oracle import assert_close, features, leaf, masks
 from torch import Tensor
 
-from apd_kernels import metric_perturb
+from apd_kernels import metric_perturb, use_backend
 
 
 def ascent(
@@ -161,6 +161,148 @@ def test_compiles_in_one_graph(backend: Backend) -> None:
     assert torch.equal(a.grad, torch.ones_like(a))
 
 
+def test_memory(backend: Backend) -> None:
+    """Partners come from the memory, which does not move: each row ascends its own term."""
+    x, labels = features(9, 12, dtype=torch.float32)
+    memory, memory_labels = features(30, 12, dtype=torch.float32, seed=1, identities=4)
+    for norm in ("l2", "linf"):
+        ours = metric_perturb(
+            x.to(backend.device),
+            labels.to(backend.device),
+            epsilon=0.3,
+            steps=3,
+            norm=norm,
+            memory=memory.to(backend.device),
+            memory_labels=memory_labels.to(backend.device),
+        )
+        z, rows = x.double(), memory.double()
+        positive, negative = masks(labels, memory_labels)
+        valid = positive.any(1) & negative.any(1)
+        for _ in range(3):
+            z = z.detach().requires_grad_()
+            d = torch.cdist(z.detach(), rows)
+            p, n = d.masked_fill(~positive, -1).argmax(1), d.masked_fill(~negative, torch.inf).argmin(1)
+            gap = (z - rows[p]).norm(dim=1) - (z - rows[n]).norm(dim=1)
+            (gradient,) = torch.autograd.grad(F.softplus(gap)[valid].sum(), z)
+            offset = z.detach() + 0.25 * (F.normalize(gradient) if norm == "l2" else gradient.sign()) - x.double()
+            if norm == "l2":
+                offset = offset * (0.3 / offset.norm(dim=1, keepdim=True).clamp(min=1e-300)).clamp(max=1)
+            z = x.double() + offset.clamp(-0.3, 0.3)
+        assert_close(ours.cpu().double() - x.double(), z - x.double(), 1e-5, "displacement")
+    nothing = metric_perturb(
+        x.to(backend.device),
+        labels.to(backend.device),
+        epsilon=0.3,
+        memory=memory[:0].to(backend.device),
+        memory_labels=memory_labels[:0].to(backend.device),
+    )
+    assert torch.equal(nothing.cpu(), x)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_negative_objective(backend: Backend, norm: str, count: int) -> None:
+    """Descends eq. 3 against given negatives, from a noisy start, as autograd does."""
+    x, labels = features(7, 12, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(5)
+    negatives = torch.randn(7, count, 12, generator=generator)
+    noise = 0.05 * torch.randn(7, 12, generator=generator)
+    epsilon, steps, step = 0.4, 3, 0.2
+    ours = metric_perturb(
+        x.to(backend.device),
+        labels.to(backend.device),
+        epsilon=epsilon,
+        steps=steps,
+        step_size=step,
+        norm=norm,
+        objective="negative",
+        negatives=(negatives[:, 0] if count == 1 else negatives).to(backend.device),
+        noise=noise.to(backend.device),
+    )
+    start = x.double()
+    z = start + noise.double()
+    for _ in range(steps):
+        z = z.detach().requires_grad_()
+        gap = (z[:, None] - negatives.double()).norm(dim=2) - (z - start).norm(dim=1)[:, None]
+        (gradient,) = torch.autograd.grad(F.softplus(gap).mean(), z)
+        offset = z.detach() - step * (F.normalize(gradient) if norm == "l2" else gradient.sign()) - start
+        if norm == "l2":
+            offset = offset * (epsilon / offset.norm(dim=1, keepdim=True)).clamp(max=1)
+        z = start + offset.clamp(-epsilon, epsilon)
+    assert_close(ours.cpu().double() - start, z - start, 1e-5, "displacement")
+
+
+def test_negative_objective_mines_its_own(backend: Backend) -> None:
+    """Without negatives a row moves straight to the nearest row of another identity, in the batch or the memory."""
+    x, labels = features(9, 12, dtype=torch.float32)
+    _, negative = masks(labels, None)
+    nearest = x[torch.cdist(x, x).masked_fill(~negative, torch.inf).argmin(1)]
+    ours = metric_perturb(
+        x.to(backend.device), labels.to(backend.device), epsilon=0.2, steps=3, objective="negative"
+    ).cpu()
+    assert_close(ours - x, 0.2 * F.normalize(nearest - x), 1e-5)
+    one = torch.zeros(9, dtype=torch.int64, device=backend.device)
+    assert torch.equal(metric_perturb(x.to(backend.device), one, epsilon=0.2, objective="negative").cpu(), x)
+
+
+def test_random_start(backend: Backend) -> None:
+    """The same generator state gives the same bits; the start lies in the ball and is no fixed point."""
+    x, labels = features(12, 10, dtype=torch.float32)
+    x, labels = x.to(backend.device), labels.to(backend.device)
+    for norm, order in (("l2", 2), ("linf", torch.inf)):
+        runs = [
+            metric_perturb(
+                x,
+                labels,
+                epsilon=0.3,
+                step_size=0.0,
+                norm=norm,
+                random_start=True,
+                generator=torch.Generator(backend.device).manual_seed(seed),
+            )
+            for seed in (1, 1, 2)
+        ]
+        assert torch.equal(runs[0], runs[1])
+        assert not torch.equal(runs[0], runs[2])
+        size = (runs[0] - x).norm(p=order, dim=1)
+        assert (size <= 0.3 * (1 + 1e-5)).all()
+        assert size.mean() > 0.2  # uniform in the ball, not in the radius
+    outside = metric_perturb(x, labels, epsilon=0.3, step_size=0.0, noise=torch.ones_like(x))
+    assert_close((outside - x).norm(dim=1), torch.full((12,), 0.3), 1e-5)
+
+
+def test_wide_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More dimensions than a program holds: the automatic choice is PyTorch, a named backend says so."""
+    x, labels = torch.zeros(2, 5000), torch.tensor([0, 1])
+    with use_backend("triton"), pytest.raises(ValueError, match="at most 4096 dimensions, got 5000"):
+        metric_perturb(x, labels, epsilon=0.1)
+    monkeypatch.setattr("apd_kernels.perturb.resolve_backend", lambda _: "triton")
+    assert metric_perturb(x, labels, epsilon=0.1).shape == (2, 5000)
+
+
+def test_info(backend: Backend) -> None:
+    """Losses at every point and the share of flipped anchors; taking the steps one by one changes no bit of meaning."""
+    x, labels = features(16, 12, dtype=torch.float32, identities=4)
+    x, labels = x.to(backend.device), labels.to(backend.device)
+    moved, info = metric_perturb(x, labels, epsilon=3.0, steps=3, return_info=True)
+    assert_close(moved, metric_perturb(x, labels, epsilon=3.0, steps=3), 1e-5)
+    assert info.losses.shape == (4,)
+    assert info.losses[-1] > info.losses[0]
+
+    def own_first(z: Tensor) -> Tensor:
+        d = torch.cdist(z, z).fill_diagonal_(torch.inf)
+        return labels[d.argmin(1)] == labels
+
+    before = own_first(x)
+    expected = (before & ~own_first(moved)).sum() / before.sum()
+    assert_close(info.flipped, expected, 1e-6)
+    assert 0 < info.flipped <= 1
+    same, nothing = metric_perturb(x, labels, epsilon=1.0, steps=0, return_info=True)
+    assert torch.equal(same, x)
+    assert nothing.losses.shape == (1,)
+    assert nothing.flipped == 0
+
+
 def test_real_features_flip(real_data, backend: Backend) -> None:  # type: ignore[no-untyped-def]
     """On real query features a larger ball changes more anchors' nearest neighbours to another identity."""
     import numpy as np
@@ -193,7 +335,20 @@ def test_real_features_flip(real_data, backend: Backend) -> None:  # type: ignor
         ({"step_size": float("inf")}, ValueError, r"step_size: expected a finite number of at least 0, got inf"),
         ({"norm": "l1"}, ValueError, r"norm: expected 'l2' or 'linf', got 'l1'"),
         ({"epsilon_mode": "share"}, ValueError, r"epsilon_mode: expected 'absolute' or 'relative', got 'share'"),
-        ({"objective": "circle"}, ValueError, r"objective: expected 'triplet', got 'circle'"),
+        ({"objective": "circle"}, ValueError, r"objective: expected 'triplet' or 'negative', got 'circle'"),
+        ({"negatives": torch.zeros(4, 2)}, ValueError, r"negatives: expected None for objective='triplet'"),
+        (
+            {"objective": "negative", "negatives": torch.zeros(3, 2)},
+            ValueError,
+            r"negatives: expected shape \(4, 2\) or \(4, M, 2\) for x \(N, D\), got \(3, 2\)",
+        ),
+        ({"memory": torch.zeros(4, 2)}, ValueError, r"memory_labels: expected with memory, got None"),
+        ({"noise": torch.zeros(3, 2)}, ValueError, r"noise: expected shape \(4, 2\), got \(3, 2\)"),
+        (
+            {"noise": torch.zeros(4, 2), "random_start": True},
+            ValueError,
+            r"noise: expected None with random_start=True",
+        ),
         ({"labels": torch.zeros(3).long()}, ValueError, r"labels: expected shape \(4,\), got \(3,\)"),
     ],
 )

@@ -9,6 +9,7 @@ import torch._dynamo.testing
 from conftest import Backend
 from oracle import assert_close, leaf
 from torch import Tensor
+from traffic import counted
 
 from apd_kernels import identity_derangement, ssd, ssd_mask, use_backend
 
@@ -204,6 +205,103 @@ def test_partial_gradients(backend: Backend, kinds: str) -> None:
         assert_close(everything[i], x.grad, 2e-6)
 
 
+@pytest.mark.parametrize("kinds", ["fff", "f1"])
+@pytest.mark.parametrize(
+    ("shape", "memory_format"),
+    [
+        ((3, 5, 4, 3), torch.contiguous_format),
+        ((3, 5, 4, 3), torch.channels_last),
+        ((3, 7, 5), torch.contiguous_format),
+        ((1, 2, 2), torch.contiguous_format),
+        ((0, 4, 3, 2), torch.contiguous_format),
+        ((3, 4, 0, 2), torch.contiguous_format),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_stacked(
+    backend: Backend, dtype: torch.dtype, shape: tuple[int, ...], memory_format: torch.memory_format, kinds: str
+) -> None:
+    """One batch of the maps in their order and format: the bits of the maps apart, and of their gradients."""
+    served(backend, dtype)
+    features, logits = maps(shape, kinds, dtype)
+    features = features.contiguous(memory_format=memory_format)
+    for permutation in (torch.arange(shape[0], device=backend.device).roll(1), None):
+        apart, together = ([leaf(x, backend.device) for x in (features, *logits)] for _ in range(2))
+        outputs = [x for x in ssd_mask(apart[0], apart[1:], permutation) if x is not None]
+        stacked = ssd_mask(together[0], together[1:], permutation, stacked=True)
+        assert stacked.dtype == dtype
+        assert stacked.is_contiguous(memory_format=memory_format)
+        assert torch.equal(stacked, torch.cat(outputs))
+        weights = torch.randn(stacked.shape, generator=torch.manual_seed(0)).to(backend.device, dtype)
+        gradients = (
+            torch.autograd.grad(outputs, apart, weights.chunk(len(outputs))),
+            torch.autograd.grad(stacked, together, weights),
+        )
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_stacked_is_not_copied(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward operator is handed parts of the one gradient, where they lie."""
+    features, logits = maps((3, 4, 2, 2), "f1", torch.float32)
+    inputs = [leaf(x, backend.device) for x in (features, *logits)]
+    stacked = ssd_mask(inputs[0], inputs[1:], torch.tensor([1, 2, 0], device=backend.device), stacked=True)
+    gradient = torch.ones_like(stacked)
+    handed: list[Tensor] = []
+    backward = ssd._ssd_mask_backward
+    monkeypatch.setattr(ssd, "_ssd_mask_backward", lambda *given: handed.extend(given[4:7]) or backward(*given))
+    torch.autograd.grad(stacked, inputs, gradient)
+    bytes_of_a_map = features.numel() * features.element_size()
+    assert [x.data_ptr() - gradient.data_ptr() for x in handed] == [0, bytes_of_a_map, 2 * bytes_of_a_map]
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["apart", "stacked"])
+@pytest.mark.parametrize("shape", [(5, 6, 20, 17), (5, 40, 60)], ids=["map", "tokens"])
+def test_memory_traffic(shape: tuple[int, ...], stacked: bool) -> None:
+    """4 maps read and 3 written forward, 7 read and 4 written backward: from memory, each once.
+
+    A partner's maps are read a second time by a program that comes less than B programs earlier or later, while what
+    the programs between them touch, at most B tiles of each map, is still in the L2 cache. So this also fails when the
+    grid is ordered another way.
+    """
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("counted in the interpreter, which is used where there is no CUDA device")
+    from apd_kernels.kernels import ssd as kernels
+
+    features, logits = maps(shape, "fff", torch.float32)
+    if features.dim() == 3:  # one map of another layout, so that positions and channels are tiled apart
+        logits[0] = logits[0].transpose(1, 2).contiguous().transpose(1, 2)
+    batch = shape[0]
+    permutation = torch.tensor([4, 0, 1, 2, 3])
+    with counted() as forward:
+        if stacked:
+            maps_out, inverse = kernels.ssd_mask_stacked(features, logits, permutation)
+            written = list(maps_out.chunk(3))
+        else:
+            *written, inverse = kernels.ssd_mask_perturbed(features, logits, permutation)
+    inputs = [features, *logits]
+    for x in inputs:
+        assert forward.read(x).times == {2}
+        assert 0 < forward.read(x).apart < batch
+    for x in written:
+        assert forward.written(x).times == {1}
+        assert forward.read(x).times == {0}
+
+    gradients = [torch.ones_like(features) for _ in range(3)]
+    with counted() as backward:
+        to_features, to_logits = kernels.ssd_mask_backward(
+            features, logits, permutation, inverse, *gradients, True, True
+        )
+    for x in (*inputs, *gradients[:2]):
+        assert backward.read(x).times == {1}
+    assert backward.read(gradients[2]).times == {2}
+    assert 0 < backward.read(gradients[2]).apart < batch
+    for x in (to_features, *to_logits):
+        assert backward.written(x).times == {1}
+        assert backward.read(x).times == {0}
+
+
 def test_extreme_values(backend: Backend) -> None:
     """Saturated logits give exact 0 and 1 without overflow; a NaN reaches the images it is part of and no others."""
     features = torch.arange(1.0, 13.0).view(3, 2, 2, 1)
@@ -274,6 +372,7 @@ def test_gradcheck(kinds: str) -> None:
             assert torch.autograd.gradcheck(
                 lambda x, *maps, p=permutation: tuple(y for y in ssd_mask(x, maps, p) if y is not None), inputs
             )
+            assert torch.autograd.gradcheck(lambda x, *maps, p=permutation: ssd_mask(x, maps, p, stacked=True), inputs)
 
 
 @pytest.mark.parametrize("kinds", ["ff", "f1"])
@@ -285,6 +384,8 @@ def test_operators(backend: Backend, memory_format: torch.memory_format, kinds: 
     permutation = torch.tensor([1, 2, 0], device=backend.device)
     torch.library.opcheck(ssd._ssd_mask, (features, logits, backend.name))
     torch.library.opcheck(ssd._ssd_mask_perturbed, (features, logits, permutation, backend.name))
+    for permuted in (permutation, None):
+        torch.library.opcheck(ssd._ssd_mask_stacked, (features, logits, permuted, backend.name))
     plain = [x.detach() for x in logits]
     gradient = torch.randn_like(features).detach()
     for permuted, gradients, wanted in (
@@ -297,9 +398,11 @@ def test_operators(backend: Backend, memory_format: torch.memory_format, kinds: 
         )
 
 
+@pytest.mark.parametrize("stacked", [False, True], ids=["apart", "stacked"])
 @pytest.mark.parametrize("permuted", [True, False])
-def test_compiles_in_one_graph(backend: Backend, permuted: bool) -> None:
+def test_compiles_in_one_graph(backend: Backend, permuted: bool, stacked: bool) -> None:
     """One graph, and at most one recompilation over batch sizes."""
+    torch.compiler.reset()  # the graphs of the cases before this one count toward the limit
     features, logits = maps((9, 3, 2, 2), "f1", torch.float32)
     features = features.contiguous(memory_format=torch.channels_last)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -309,7 +412,8 @@ def test_compiles_in_one_graph(backend: Backend, permuted: bool) -> None:
         results = []
         for function in (compiled, ssd_mask):
             inputs = [leaf(x[:size], backend.device) for x in (features, *logits)]
-            outputs = [x for x in function(inputs[0], inputs[1:], permutation) if x is not None]
+            maps_out = function(inputs[0], inputs[1:], permutation, stacked=stacked)
+            outputs = [maps_out] if stacked else [x for x in maps_out if x is not None]
             results.append((*outputs, *torch.autograd.grad(sum(x.square().sum() for x in outputs), inputs)))
         assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(*results, strict=True))
     assert counter.frame_count <= 2

@@ -16,3 +16,9 @@ def memory_format(x: Tensor) -> torch.memory_format:
     if x.dim() == 4 and not x.is_contiguous() and x.stride(1) < min(x.stride(2), x.stride(3)):
         return torch.channels_last
     return torch.contiguous_format
+
+
+def stacked_like(x: Tensor, count: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for `count` results like `x` one after the other, as one batch."""
+    shape = (count * x.shape[0], *x.shape[1:])
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format(x))

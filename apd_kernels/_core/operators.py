@@ -38,8 +38,7 @@ def operator(module: str, schema: str, *, fake: Callable[..., Any]) -> Callable[
             return function(*inputs)
 
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for key in ("CPU", "CUDA"):
-        _library.impl(name, body, key)
+    _library.impl(name, body, "CompositeExplicitAutograd")  # every device: those without kernels take PyTorch
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     overload: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
     return overload
@@ -67,6 +66,16 @@ def differentiable(
 ) -> None:
     """Register the derivative of an operator; `backward` calls operators itself, so it is compiled like the forward."""
     torch.library.register_autograd(overload.name(), backward, setup_context=setup_context, lib=_library)  # type: ignore[attr-defined]
+
+
+def first_derivatives_only(overload: Callable[..., Any]) -> None:
+    """Mark an operator that computes a derivative: differentiating it again is an error, not a silent zero."""
+    name = overload.name()  # type: ignore[attr-defined]
+
+    def refuse(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(f"{name}: first derivatives only; it cannot be differentiated again")
+
+    torch.library.register_autograd(name, refuse, lib=_library)
 
 
 def internal_dtype(x: Tensor) -> torch.dtype:

@@ -92,13 +92,16 @@ def sets_of_rows(x: Tensor) -> Tensor:
     """(N, D) or (S, N, D) as (S, N, D) whose rows are contiguous and one row stride apart over all sets."""
     x = x if x.dim() == 3 else x[None]
     sets, rows, dimension = x.shape
-    if (dimension > 1 and x.stride(2) != 1) or x.stride(1) < dimension:
-        return x.contiguous()
-    if sets > 1 and x.stride(0) != rows * x.stride(1):
-        return x.contiguous()
+    stride = row_stride(x)
+    if (dimension > 1 and x.stride(2) != 1) or stride < dimension or (sets > 1 and x.stride(0) != rows * stride):
+        # Not contiguous(): it looks at no stride of a dimension of size 1, and would return the same tensor.
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
     return x
 
 
 def row_stride(x: Tensor) -> int:
-    """Elements between rows of what `sets_of_rows` returned; D itself where no second row tells."""
-    return x.stride(1) if x.shape[0] * x.shape[1] > 1 else x.shape[2]
+    """Elements between rows of (S, N, D): over the sets where each has one row, D where there is only one row."""
+    sets, rows, dimension = x.shape
+    if rows > 1:
+        return x.stride(1)
+    return x.stride(0) if sets > 1 else dimension

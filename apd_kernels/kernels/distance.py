@@ -119,18 +119,27 @@ def pairwise_distance(x: Tensor, y: Tensor | None, metric: str, precision: str) 
 
 
 def pairwise_distance_backward(
-    gradient: Tensor, distance: Tensor, x: Tensor, y: Tensor | None, metric: str, precision: str
+    gradient: Tensor,
+    distance: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    metric: str,
+    precision: str,
+    needs_x: bool,
+    needs_y: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Launch `_gradient` for x, and once more with the sides exchanged for y."""
+    """Launch `_gradient` for x, and with the sides exchanged for y: each only where it is needed."""
     gradient = gradient.contiguous()
     a = sets_of_rows(x)
     b = a if y is None else sets_of_rows(y)
-    for_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    for_y = torch.empty(0 if y is None else y.shape, dtype=x.dtype, device=x.device)
+    for_x = torch.empty(x.shape if needs_x else 0, dtype=x.dtype, device=x.device)
+    for_y = torch.empty(0 if y is None or not needs_y else y.shape, dtype=x.dtype, device=x.device)
     # The weights are float32 whatever the rows are.
     dots = dot_precision(gradient, "fp32" if x.dtype in (torch.float16, torch.bfloat16) else precision)
     BM, BN, BD = 64, 32, 32
-    sides = [(a, b, for_x, b.shape[1], 1)] + ([] if y is None else [(b, a, for_y, 1, b.shape[1])])
+    sides = [(a, b, for_x, b.shape[1], 1)] if needs_x else []
+    if y is not None and needs_y:
+        sides.append((b, a, for_y, 1, b.shape[1]))
     for own, other, out, row_step, column_step in sides:
         sets, n, dimension = own.shape
         launch(

@@ -1,7 +1,6 @@
-"""Triplet and metric-perturbation losses.
+"""Triplet loss.
 
     L = mean over valid anchors of φ(±(d_p − d_n)),   φ = softplus or max(0, · + margin)
-    L = mean_ij softplus(d(p_i, n_ij) − d(p_i, o_i))   (APD, eq. 3)
 
 A loss is summed by one program per set in a fixed order: no atomics, the same sum in every run.
 """
@@ -14,8 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from apd_kernels.kernels import mining
-from apd_kernels.kernels._launch import launch, sets_of_rows
-from apd_kernels.kernels._tiles import row_distance
+from apd_kernels.kernels._launch import launch
 from apd_kernels.kernels.distance import METRIC_NUMBER
 
 
@@ -95,66 +93,6 @@ def _triplet_mean(
         tl.store(negative_weights + at, per_difference(-slope, d_n, METRIC), mask=mask)
 
 
-@triton.jit(do_not_specialize=["M"])
-def _perturbation_distance(
-    perturbed, negatives, original, to_negatives, to_original, M, D,
-    perturbed_stride, sample_stride, negative_stride, original_stride, BD: tl.constexpr,
-):  # fmt: skip
-    """One program a pair (i, j): d(p_i, n_ij); j = M stands for the original."""
-    i = tl.program_id(0).to(tl.int64)
-    j = tl.program_id(1).to(tl.int64)
-    row = perturbed + i * perturbed_stride
-    if j < M:
-        d = row_distance(row, negatives + i * sample_stride + j * negative_stride, D, 0, BD)
-        tl.store(to_negatives + i * M + j, d)
-    else:
-        d = row_distance(row, original + i * original_stride, D, 0, BD)
-        tl.store(to_original + i, d)
-
-
-@triton.jit(do_not_specialize=["pairs", "M"])
-def _perturbation_mean(to_negatives, to_original, loss, pairs, M, BLOCK: tl.constexpr):
-    total = tl.zeros((BLOCK,), tl.float32)
-    for t0 in range(0, pairs, BLOCK):
-        t = t0 + tl.arange(0, BLOCK)
-        mask = t < pairs
-        gap = tl.load(to_negatives + t, mask=mask, other=0.0) - tl.load(to_original + t // M, mask=mask, other=0.0)
-        total += tl.where(mask, softplus(gap), 0.0)
-    tl.store(loss, tl.sum(total, 0) / tl.maximum(pairs, 1).to(tl.float32))
-
-
-@triton.jit(do_not_specialize=["N", "M"])
-def _perturbation_gradient(
-    gradient, perturbed, negatives, original, to_negatives, to_original,
-    for_perturbed, for_negatives, for_original, N, M, D,
-    perturbed_stride, sample_stride, negative_stride, original_stride,
-    NEGATIVES: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """One program a sample and BD columns: s_ij = σ(gap_ij)·g/(NM), ∂n_ij = s_ij (n_ij − p_i)/d(p_i, n_ij),
-    ∂o_i = −Σ_j s_ij (o_i − p_i)/d(p_i, o_i), ∂p_i = −∂o_i − Σ_j ∂n_ij."""
-    i = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1) * BD + tl.arange(0, BD)
-    mask = k < D
-    scale = tl.load(gradient) / tl.maximum(N * M, 1).to(tl.float32)
-    point = tl.load(perturbed + i * perturbed_stride + k, mask=mask, other=0.0).to(tl.float32)
-    source = tl.load(original + i * original_stride + k, mask=mask, other=0.0).to(tl.float32)
-    d_o = tl.load(to_original + i)
-    slopes = 0.0
-    moved = tl.zeros((BD,), tl.float32)
-    for j in range(0, M):
-        d = tl.load(to_negatives + i * M + j)
-        slope = sigmoid(d - d_o) * scale
-        slopes += slope
-        negative = tl.load(negatives + i * sample_stride + j * negative_stride + k, mask=mask, other=0.0)
-        part = per_difference(slope, d, 0) * (negative.to(tl.float32) - point)
-        moved += part
-        if NEGATIVES:
-            tl.store(for_negatives + (i * M + j) * D + k, part.to(for_negatives.dtype.element_ty), mask=mask)
-    part = per_difference(-slopes, d_o, 0) * (source - point)
-    tl.store(for_original + i * D + k, part.to(for_original.dtype.element_ty), mask=mask)
-    tl.store(for_perturbed + i * D + k, (-part - moved).to(for_perturbed.dtype.element_ty), mask=mask)
-
-
 def triplet_loss(
     x: Tensor,
     labels: Tensor,
@@ -204,57 +142,3 @@ def _mean(
         SOFT=margin is None, REVERSE=reverse, METRIC=METRIC_NUMBER[metric], BLOCK=1024, num_warps=4,
     )  # fmt: skip
     return loss, *weights
-
-
-def metric_perturbation_loss(perturbed: Tensor, negatives: Tensor, original: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Two launches: all distances, then their mean."""
-    point, source, others = _rows(perturbed), _rows(original), _last_contiguous(negatives)
-    n, m, dimension = others.shape
-    loss = torch.empty((), dtype=torch.float32, device=point.device)
-    to_negatives = torch.empty(n, m, dtype=torch.float32, device=point.device)
-    to_original = torch.empty(n, dtype=torch.float32, device=point.device)
-    launch(
-        _perturbation_distance, (n, m + 1),
-        point, others, source, to_negatives, to_original, m, dimension,
-        point.stride(0), others.stride(0), others.stride(1), source.stride(0), BD=1024, num_warps=4,
-    )  # fmt: skip
-    launch(
-        _perturbation_mean, (1,), to_negatives, to_original, loss, n * m, m, BLOCK=1024, num_warps=4,
-    )  # fmt: skip
-    return loss, to_negatives, to_original
-
-
-def metric_perturbation_loss_backward(
-    gradient: Tensor,
-    perturbed: Tensor,
-    negatives: Tensor,
-    original: Tensor,
-    to_negatives: Tensor,
-    to_original: Tensor,
-    for_negatives: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One launch: every program has one sample's rows in hand once and writes all their gradients."""
-    point, source, others = _rows(perturbed), _rows(original), _last_contiguous(negatives)
-    n, m, dimension = others.shape
-    dtype, device = point.dtype, point.device
-    outputs = (
-        torch.empty(n, dimension, dtype=dtype, device=device),
-        torch.empty(others.shape if for_negatives else 0, dtype=dtype, device=device),
-        torch.empty(n, dimension, dtype=dtype, device=device),
-    )
-    BD = 256
-    launch(
-        _perturbation_gradient, (n, triton.cdiv(dimension, BD)),
-        gradient, point, others, source, to_negatives, to_original, *outputs, n, m, dimension,
-        point.stride(0), others.stride(0), others.stride(1), source.stride(0),
-        NEGATIVES=for_negatives, BD=BD, num_warps=4,
-    )  # fmt: skip
-    return outputs
-
-
-def _rows(x: Tensor) -> Tensor:
-    return sets_of_rows(x)[0]
-
-
-def _last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

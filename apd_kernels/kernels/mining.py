@@ -41,7 +41,7 @@ def _mine(
     row_mask = rows < N
     x += s * N * x_stride
     y += s * M * y_stride
-    label = tl.load(labels + rows, mask=row_mask, other=0)
+    label = tl.load(labels + rows, mask=row_mask, other=0).to(tl.int64)  # so that int8 −1 is not uint8 255
     farthest = tl.full((BM,), -infinity, tl.float32)
     nearest = tl.full((BM,), infinity, tl.float32)
     farthest_index = tl.full((BM,), -1, tl.int32)
@@ -53,7 +53,7 @@ def _mine(
         acc, _, yy = product(x, y, rows, columns, row_mask, column_mask, D, x_stride, y_stride, one,
                              BM, BN, BK, PRECISION, EUCLIDEAN)  # fmt: skip
         key = 0.5 * yy[None, :] - acc if EUCLIDEAN else -acc
-        same = label[:, None] == tl.load(y_labels + columns, mask=column_mask, other=0)[None, :]
+        same = label[:, None] == tl.load(y_labels + columns, mask=column_mask, other=0).to(tl.int64)[None, :]
         positive = same & column_mask[None, :]
         if SELF:
             positive = positive & (rows[:, None] != columns[None, :])
@@ -107,11 +107,12 @@ def _pair_distance(
     else:
         p = tl.load(positive_index + at)
         n = tl.load(negative_index + at)
+    # A given index beyond the rows reads the last one, and its distance is NaN.
     x_row = x + at * x_stride
-    d_p = row_distance(x_row, y + (s * M + tl.maximum(p, 0)) * y_stride, D, METRIC, BD)
-    d_n = row_distance(x_row, y + (s * M + tl.maximum(n, 0)) * y_stride, D, METRIC, BD)
-    tl.store(positive + at, tl.where(p < 0, 0.0, d_p))
-    tl.store(negative + at, tl.where(n < 0, 0.0, d_n))
+    d_p = row_distance(x_row, y + (s * M + tl.minimum(tl.maximum(p, 0), M - 1)) * y_stride, D, METRIC, BD)
+    d_n = row_distance(x_row, y + (s * M + tl.minimum(tl.maximum(n, 0), M - 1)) * y_stride, D, METRIC, BD)
+    tl.store(positive + at, tl.where(p < 0, 0.0, tl.where(p < M, d_p, float("nan"))))
+    tl.store(negative + at, tl.where(n < 0, 0.0, tl.where(n < M, d_n, float("nan"))))
 
 
 @triton.jit(do_not_specialize=["N", "M"])
@@ -140,8 +141,9 @@ def _pair_gradient(
         w_p, w_n = tl.load(positive_weights + row), tl.load(negative_weights + row)
         # A weight of 0 drops its pair even when the row is not finite (and -1, which has no weight, reads row 0).
         w_p, w_n = tl.where(p < 0, 0.0, w_p), tl.where(n < 0, 0.0, w_n)
-        farthest = tl.load(y + tl.maximum(p, 0) * y_stride + k, mask=mask, other=0.0).to(tl.float32)
-        nearest = tl.load(y + tl.maximum(n, 0) * y_stride + k, mask=mask, other=0.0).to(tl.float32)
+        p, n = tl.minimum(tl.maximum(p, 0), M - 1), tl.minimum(tl.maximum(n, 0), M - 1)
+        farthest = tl.load(y + p * y_stride + k, mask=mask, other=0.0).to(tl.float32)
+        nearest = tl.load(y + n * y_stride + k, mask=mask, other=0.0).to(tl.float32)
         if DOT:
             acc += tl.where(w_p == 0, 0.0, -w_p * farthest)
             acc += tl.where(w_n == 0, 0.0, -w_n * nearest)
@@ -157,23 +159,31 @@ def _pair_gradient(
 
 
 def mine(
-    x: Tensor, labels: Tensor, y: Tensor | None, y_labels: Tensor | None, metric: str, precision: str
+    x: Tensor,
+    labels: Tensor,
+    y: Tensor | None,
+    y_labels: Tensor | None,
+    metric: str,
+    precision: str,
+    most_splits: int = MAX_SPLITS,
 ) -> tuple[Tensor, Tensor, int]:
     """Launch `_mine`: keys and indices of the winners, [side, set, row, split], and the number of splits."""
     a = sets_of_rows(x)
     b = a if y is None else sets_of_rows(y)
     sets, n, dimension = a.shape
     m = b.shape[1]
+    labels = labels.contiguous()
+    y_labels = labels if y_labels is None else y_labels.contiguous()
     BM, BN, BK = 64, 32, 32
     row_tiles, column_tiles = triton.cdiv(n, BM), triton.cdiv(m, BN)
-    splits = max(1, min(column_tiles, MAX_SPLITS // max(1, row_tiles * sets)))
+    splits = max(1, min(column_tiles, most_splits, MAX_SPLITS // max(1, row_tiles * sets)))
     tiles_per_split = triton.cdiv(column_tiles, splits)
     splits = triton.cdiv(column_tiles, max(1, tiles_per_split))
     key = torch.empty(2, sets, n, splits, dtype=torch.float32, device=x.device)
     index = torch.empty(2, sets, n, splits, dtype=torch.int32, device=x.device)
     launch(
         _mine, (row_tiles, splits, sets),
-        a, labels, b, labels if y_labels is None else y_labels, key, index,
+        a, labels, b, y_labels, key, index,
         n, m, dimension, row_stride(a), row_stride(b), tiles_per_split, splits, 1.0,
         EUCLIDEAN=metric in ("euclidean", "sqeuclidean"), SELF=y is None, PRECISION=dot_precision(x, precision),
         BM=BM, BN=BN, BK=BK, num_warps=8, num_stages=3,
@@ -249,6 +259,11 @@ def pair_gradient(
     a = sets_of_rows(x)
     b = a if y is None else sets_of_rows(y)
     sets, n, dimension = a.shape
+    if b.shape[1] == 0:  # nothing was chosen, and there is no row to read
+        return (
+            torch.zeros(x.shape if for_x else 0, dtype=x.dtype, device=x.device),
+            torch.zeros(0 if y is None or not for_y else y.shape, dtype=x.dtype, device=x.device),
+        )
     x_gradient = torch.empty(x.shape if for_x else 0, dtype=x.dtype, device=x.device)
     y_gradient = torch.empty(0 if y is None or not for_y else y.shape, dtype=x.dtype, device=x.device)
     weights = (positive_weights.contiguous(), negative_weights.contiguous())

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from apd_kernels._core.maps import channel_axis, memory_format
+from apd_kernels._core.maps import channel_axis, memory_format, stacked_like
 from apd_kernels.kernels._launch import launch
 
 ELEMENTS = 1024  # of a tile: 8 to a thread, one or two 16-byte accesses a map
@@ -212,6 +212,18 @@ def ssd_mask_perturbed(
     inverse = torch.empty(permutation.shape, dtype=torch.int64, device=permutation.device)
     _launch_mask(features, logits, relevant, irrelevant, perturbed, permutation, inverse)
     return relevant, irrelevant, perturbed, inverse
+
+
+def ssd_mask_stacked(features: Tensor, logits: list[Tensor], permutation: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Launch `_mask` on the parts of one tensor."""
+    stacked = stacked_like(features, 2 if permutation is None else 3)
+    permutation = None if permutation is None else permutation.contiguous()
+    size = 0 if permutation is None else len(permutation)
+    inverse = torch.empty(size, dtype=torch.int64, device=features.device)
+    parts = stacked.split(len(features)) if features.numel() else (stacked,) * 3
+    relevant, irrelevant, perturbed = (*parts, None)[:3]
+    _launch_mask(features, logits, relevant, irrelevant, perturbed, permutation, inverse if size else None)
+    return stacked, inverse
 
 
 def _launch_mask(

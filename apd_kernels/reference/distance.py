@@ -42,7 +42,14 @@ def _centre(a: Tensor) -> Tensor:
 
 
 def pairwise_distance_backward(
-    gradient: Tensor, distance: Tensor, x: Tensor, y: Tensor | None, metric: str, precision: str
+    gradient: Tensor,
+    distance: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    metric: str,
+    precision: str,
+    needs_x: bool,
+    needs_y: bool,
 ) -> tuple[Tensor, Tensor]:
     """With w_ij = g_ij ∂d_ij/∂(½‖x_i − y_j‖²): ∂x_i = Σ_j w_ij (x_i − y_j), ∂y_j = Σ_i w_ij (y_j − x_i).
 
@@ -62,8 +69,9 @@ def pairwise_distance_backward(
         centre = _centre(a)
         a = a - centre
         b = a if y is None else b - centre
-    for_x = -(weights @ b) if linear else a * weights.sum(-1, keepdim=True) - weights @ b
-    if y is None:
-        return for_x.to(x.dtype), x.new_empty(0)
-    for_y = -(weights.mT @ a) if linear else b * weights.sum(-2)[..., None] - weights.mT @ a
-    return for_x.to(x.dtype), for_y.to(y.dtype)
+    for_x, for_y = x.new_empty(0), x.new_empty(0)
+    if needs_x:
+        for_x = -(weights @ b) if linear else a * weights.sum(-1, keepdim=True) - weights @ b
+    if y is not None and needs_y:
+        for_y = -(weights.mT @ a) if linear else b * weights.sum(-2)[..., None] - weights.mT @ a
+    return for_x.to(x.dtype).contiguous(), for_y.to(x.dtype).contiguous()

@@ -35,6 +35,9 @@ def mine(x: Tensor, labels: Tensor, y: Tensor | None, y_labels: Tensor | None, m
     if rows == 0 or columns == 0:
         return positive_index, negative_index
     euclidean = metric in ("euclidean", "sqeuclidean")
+    if euclidean:  # a common offset of all rows would cost the digits that tell them apart
+        centre = b.mean(-2, keepdim=True).nan_to_num(0, 0, 0)
+        a, b = a - centre, b - centre
     half_square = 0.5 * (b * b).sum(-1)[..., None, :] if euclidean else b.new_zeros(())
     infinity, smallest = float("inf"), torch.finfo(dtype).min
     for block in row_blocks(rows, columns, max(1, x.shape[:-2].numel())):

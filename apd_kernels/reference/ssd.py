@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from apd_kernels._core.maps import channel_axis, memory_format
+from apd_kernels._core.maps import channel_axis, memory_format, stacked_like
 from apd_kernels._core.operators import internal_dtype
 
 # Elements of a map that are worked on at once on the CPU, so that temporaries stay in the cache. Three maps of
@@ -17,7 +17,9 @@ BLOCK_ELEMENTS = 1 << 18
 
 def ssd_mask(features: Tensor, logits: list[Tensor]) -> tuple[Tensor, Tensor]:
     """K = a ⊙ F and NK = F − K, with a = mean_i σ(l_i)."""
-    relevant, irrelevant = _split(features, logits)
+    dtype = internal_dtype(features)
+    relevant, irrelevant = _like(features, dtype), _like(features, dtype)
+    _split(features, logits, relevant, irrelevant)
     return relevant.to(features.dtype), irrelevant.to(features.dtype)
 
 
@@ -25,28 +27,49 @@ def ssd_mask_perturbed(
     features: Tensor, logits: list[Tensor], permutation: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """K, NK, K* = K + NK[permutation], and the inverse of the permutation."""
+    inverse = _inverse(permutation)
+    dtype = internal_dtype(features)
+    relevant, irrelevant, perturbed = (_like(features, dtype) for _ in range(3))
+    _split(features, logits, relevant, irrelevant)
+    _perturb(relevant, irrelevant, permutation, perturbed)
+    dtype = features.dtype
+    return relevant.to(dtype), irrelevant.to(dtype), perturbed.to(dtype), inverse
+
+
+def ssd_mask_stacked(features: Tensor, logits: list[Tensor], permutation: Tensor | None) -> tuple[Tensor, Tensor]:
+    """K, NK and, with a permutation, K*, as one batch, and the inverse of the permutation."""
+    size = len(features)
+    inverse = features.new_empty(0, dtype=torch.int64) if permutation is None else _inverse(permutation)
+    stacked = stacked_like(features, 2 if permutation is None else 3, internal_dtype(features))
+    relevant, irrelevant, perturbed = stacked[:size], stacked[size : 2 * size], stacked[2 * size :]
+    _split(features, logits, relevant, irrelevant)
+    if permutation is not None:
+        _perturb(relevant, irrelevant, permutation, perturbed)
+    return stacked.to(features.dtype), inverse
+
+
+def _inverse(permutation: Tensor) -> Tensor:
     inverse = permutation.argsort()
     rows = torch.arange(len(permutation), device=permutation.device)
     if not permutation.is_cuda and not torch.equal(permutation[inverse], rows):
         missing = min({*range(len(rows))} - {*permutation.tolist()})
         raise ValueError(f"permutation: expected each of 0 … {len(rows) - 1} once, got no {missing}")
-    relevant, irrelevant = _split(features, logits)
-    perturbed = _like(features, internal_dtype(features))
-    for block in _image_blocks(features):
-        torch.add(relevant[block], irrelevant[permutation[block]], out=perturbed[block])
-    dtype = features.dtype
-    return relevant.to(dtype), irrelevant.to(dtype), perturbed.to(dtype), inverse
+    return inverse
 
 
-def _split(features: Tensor, logits: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """K and NK, not yet rounded to the dtype of the features."""
-    dtype = internal_dtype(features)
-    relevant, irrelevant = _like(features, dtype), _like(features, dtype)
+def _split(features: Tensor, logits: list[Tensor], relevant: Tensor, irrelevant: Tensor) -> None:
+    """Write K and NK, not yet rounded to the dtype of the features."""
+    dtype = relevant.dtype
     for block in _image_blocks(features):
         own = features[block].to(dtype)
         torch.mul(_mean([logit[block].to(dtype).sigmoid() for logit in logits]), own, out=relevant[block])
         torch.sub(own, relevant[block], out=irrelevant[block])
-    return relevant, irrelevant
+
+
+def _perturb(relevant: Tensor, irrelevant: Tensor, permutation: Tensor, perturbed: Tensor) -> None:
+    """Write K*."""
+    for block in _image_blocks(relevant):
+        torch.add(relevant[block], irrelevant[permutation[block]], out=perturbed[block])
 
 
 def ssd_mask_backward(

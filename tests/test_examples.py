@@ -1,0 +1,49 @@
+"""The examples run as they are called, and what they print means what they say."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+
+
+def output(example: Path, *arguments: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", example, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_every_example_is_run_here() -> None:
+    assert [example.stem for example in EXAMPLES] == ["triplet_metric_perturb", "vit_ssd_mask"]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.stem)
+def test_help(example: Path) -> None:
+    assert "--seed" in output(example, "--help")
+
+
+def test_triplet_metric_perturb() -> None:
+    """Both ways of training learn: chance is near 0.06."""
+    (example,) = (example for example in EXAMPLES if example.stem == "triplet_metric_perturb")
+    found = re.findall(r"(without|with) metric_perturb: mAP (\d\.\d+)", output(example))
+    assert [name for name, _ in found] == ["without", "with"]
+    assert all(float(mean) > 0.2 for _, mean in found)
+
+
+def test_vit_ssd_mask() -> None:
+    """What is to carry identity learns it."""
+    (example,) = (example for example in EXAMPLES if example.stem == "vit_ssd_mask")
+    text = output(example)
+    losses = [float(value) for value in re.findall(r"L_K (\d\.\d+)", text)]
+    assert losses[-1] < losses[0]
+    assert "descriptors at test: (32, " in text

@@ -1,0 +1,131 @@
+"""The N×N form of the L2 ascent against autograd ascent in float64, beside the direct float32 form."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import Backend
+from oracle import assert_close
+from test_perturb import ascent
+from torch import Tensor
+
+from apd_kernels import metric_perturb
+from apd_kernels._core.backend import implementation
+
+KINDS = ("plain", "unequal", "lone rows", "same-identity duplicates", "other-identity duplicates", "tight", "far apart")
+
+
+def case(seed: int, n: int, d: int) -> tuple[Tensor, Tensor, str]:
+    """Features and labels of one of the KINDS, exactly representable in float32."""
+    generator = torch.Generator().manual_seed(seed)
+    kind = KINDS[seed % len(KINDS)]
+    labels = torch.arange(n) // 4
+    if kind == "unequal":
+        labels = torch.randint(0, max(2, n // 5), (n,), generator=generator)
+    if kind == "lone rows":
+        labels[::5] = 100 + torch.arange(n)[::5]
+    centres = torch.randn(int(labels.max()) + 1, d, generator=generator)
+    x = centres[labels] + torch.randn(n, d, generator=generator)
+    if kind == "same-identity duplicates":
+        x[1] = x[0]
+    if kind == "other-identity duplicates":
+        x[0] = x[n // 2]
+    if kind == "tight":  # every cosine above 0.999
+        x = 10 * torch.randn(1, d, generator=generator) + 0.1 * x
+    if kind == "far apart":
+        x = 30 * centres[labels] + x
+    return x, labels, kind
+
+
+def displacement_error(ours: Tensor, x: Tensor, expected: Tensor) -> float:
+    moved = expected - x.double()
+    return ((ours.double() - expected).norm() / moved.norm().clamp(min=1e-12)).item()
+
+
+def test_reference_solver_in_200_cases() -> None:
+    """Beyond the rounding of the output at most 1e-5 of the displacement; the direct float32 form is printed beside."""
+    solve, direct = implementation("torch", "perturb").solve, implementation("torch", "perturb")
+    worst: dict[str, list[float]] = {}
+    for seed in range(210):
+        n, d = (8, 12, 20, 33)[seed % 4], (64, 150)[seed % 2]
+        x, labels, kind = case(seed, n, d)
+        steps = (1, 2, 5, 10)[seed // 3 % 4]
+        epsilon = (0.1, 1.0, 5.0)[seed // 2 % 3] * (0.1 if kind == "tight" else 1)
+        relative = seed % 5 == 0
+        if relative:
+            epsilon = 0.05
+        step = 2.5 * epsilon / steps
+        # Mining may tie exactly between duplicates, and then the direct float64 form decides as the solver does.
+        expected = direct.metric_perturb(
+            x.double(), labels, None, None, None, epsilon, step, steps, relative, "l2", "fp32"
+        )
+        ours = solve(x, labels, epsilon, step, steps, relative)
+        share, direct.SOLVER_SHARE = direct.SOLVER_SHARE, 0
+        try:
+            plain = direct.metric_perturb(x, labels, None, None, None, epsilon, step, steps, relative, "l2", "fp32")
+        finally:
+            direct.SOLVER_SHARE = share
+        # No float32 result lies closer than the exact one rounded to float32: where a small step meets large features
+        # that is more than 1e-5 of the displacement.
+        rounding = displacement_error(expected.float(), x, expected)
+        errors = worst.setdefault(kind, [0.0, 0.0, 0.0])
+        errors[0] = max(errors[0], displacement_error(ours, x, expected) - rounding)
+        errors[1] = max(errors[1], displacement_error(plain, x, expected) - rounding)
+        errors[2] = max(errors[2], rounding)
+        size = (ours.double() - x.double()).norm(dim=1)
+        radius = epsilon * (x.double().norm(dim=1) if relative else torch.ones(n))
+        assert (size <= radius * (1 + 1e-6) + x.abs().max() * 2**-22).all(), (seed, kind)
+    for kind, (ours_error, plain_error, rounding) in worst.items():
+        print(
+            f"{kind}: solver {ours_error:.1e}, direct float32 {plain_error:.1e}; rounding of the output {rounding:.1e}"
+        )
+        assert ours_error <= 1e-5, kind
+
+
+@pytest.mark.parametrize(
+    ("seed", "n", "d", "steps", "relative"),
+    [(0, 12, 64, 3, False), (1, 19, 100, 2, True), (2, 15, 64, 1, False), (3, 12, 64, 2, False), (5, 17, 70, 2, False)],
+)
+def test_every_backend_takes_the_solver(
+    backend: Backend, seed: int, n: int, d: int, steps: int, relative: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The public function, on sizes that go to the N×N form, one set and several."""
+    x, labels, _ = case(seed, n, d)
+    taken: list[bool] = []
+    module = implementation(backend.name, "perturb")
+    solve = module.solve
+    monkeypatch.setattr(module, "solve", lambda *arguments: taken.append(True) or solve(*arguments))
+    epsilon = 0.1 if relative else 0.5
+    ours = metric_perturb(
+        x.to(backend.device),
+        labels.to(backend.device),
+        epsilon=epsilon,
+        epsilon_mode="relative" if relative else "absolute",
+        steps=steps,
+    ).cpu()
+    assert taken
+    expected = ascent(x, labels, epsilon, steps, 2.5 * epsilon / steps, relative=relative)
+    assert displacement_error(ours, x, expected) <= 1e-5
+
+
+def test_sets_through_the_solver(backend: Backend) -> None:
+    x = torch.stack([case(seed, 12, 64)[0] for seed in (0, 7)])
+    labels = case(0, 12, 64)[1].to(backend.device)
+    sets = metric_perturb(x.to(backend.device), labels, epsilon=0.5, steps=2)
+    for s in range(2):
+        assert_close(sets[s], metric_perturb(x[s].to(backend.device), labels, epsilon=0.5, steps=2), 1e-6)
+
+
+def test_duplicates_stay_finite(backend: Backend) -> None:
+    """All rows equal, two points only, near-duplicates of both kinds: finite, inside the ball."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(2, 64, generator=generator)
+    for x in (
+        base[:1].expand(12, 64).clone(),
+        base.repeat(6, 1),
+        base[:1] + 1e-6 * torch.randn(12, 64, generator=generator),
+    ):
+        labels = torch.arange(12, device=backend.device) // 3
+        ours = metric_perturb(x.to(backend.device), labels, epsilon=0.3, steps=4).cpu()
+        assert ours.isfinite().all()
+        assert ((ours - x).norm(dim=1) <= 0.3 * (1 + 1e-5)).all()
