@@ -115,6 +115,13 @@ def _check_writable(path: Path | None, option: str) -> None:
         raise InputError(f"{option} {path}: there is no folder {path.parent}")
 
 
+def _check_file(path: Path | None, option: str) -> None:
+    """The name of a file that can be written, not of a folder."""
+    _check_writable(path, option)
+    if path is not None and path.is_dir():
+        raise InputError(f"{option} {path}: expected a file name, got a folder")
+
+
 @app.command(epilog=FILE_HELP)
 @_reported
 def evaluate(
@@ -141,7 +148,7 @@ def evaluate(
     """
     if [option is not None for option in (features, query, gallery)] not in ([True, False, False], [False, True, True]):
         raise InputError("give either --features, or --query and --gallery")
-    _check_writable(json, "--json")
+    _check_file(json, "--json")
     on = _torch_device(device)
     from apd import display
     from apd.evaluation import evaluate as evaluation_of

@@ -464,4 +464,6 @@ def _integers(name: str, values: Tensor | np.ndarray | None, count: int) -> np.n
         raise TypeError(f"{name}: expected an integer dtype, got {values.dtype}")
     if values.shape != (count,):
         raise ValueError(f"{name}: expected shape ({count},), got {values.shape}")
+    if values.dtype == np.uint64 and values.size and values.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{name}: expected values that fit int64, got {values.max()}")
     return values.astype(np.int64)

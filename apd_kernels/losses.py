@@ -65,8 +65,8 @@ def triplet_loss(
         x, labels, y, y_labels, metric, precision: as in `batch_hard`.
         margin: hinge margin, at least 0; None for the soft margin.
         indices: (positive, negative) winners to use instead of mining, each int64 (N,) or (S, N) as returned by
-            `return_indices` or by `batch_hard` (``.indices``); anchors with a −1 are left out. One beyond the rows is an
-            error of indexing on the PyTorch path and makes the loss NaN in the kernels.
+            `return_indices` or by `batch_hard` (``.indices``); anchors with a −1 are left out. An index
+            beyond the rows is PyTorch's error of indexing on its path and makes the loss NaN in the kernels.
         reverse: take d_n − d_p instead of d_p − d_n: the term then *removes* identity (APD, L_NK). The pairs mined are
             the same.
         return_indices: also return the winners, so that several losses share one mining.

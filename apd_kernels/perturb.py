@@ -24,7 +24,6 @@ from apd_kernels.losses import triplet_loss
 from apd_kernels.mining import batch_hard
 from apd_kernels.perturbation import metric_perturbation_loss
 
-
 MAX_DIMENSION = 4096  # the kernels hold whole rows in registers; wider features take the PyTorch path
 
 
@@ -36,10 +35,42 @@ class PerturbInfo(NamedTuple):
 
 
 @overload
-def metric_perturb(x: Tensor, labels: Tensor, *, return_info: Literal[False] = ..., **options: Any) -> Tensor: ...
+def metric_perturb(
+    x: Tensor,
+    labels: Tensor,
+    *,
+    epsilon: float,
+    epsilon_mode: str = ...,
+    steps: int = ...,
+    step_size: float | None = ...,
+    norm: str = ...,
+    objective: str = ...,
+    negatives: Tensor | None = ...,
+    memory: Tensor | None = ...,
+    memory_labels: Tensor | None = ...,
+    random_start: bool = ...,
+    noise: Tensor | None = ...,
+    generator: torch.Generator | None = ...,
+    return_info: Literal[False] = ...,
+) -> Tensor: ...
 @overload
 def metric_perturb(
-    x: Tensor, labels: Tensor, *, return_info: Literal[True], **options: Any
+    x: Tensor,
+    labels: Tensor,
+    *,
+    epsilon: float,
+    epsilon_mode: str = ...,
+    steps: int = ...,
+    step_size: float | None = ...,
+    norm: str = ...,
+    objective: str = ...,
+    negatives: Tensor | None = ...,
+    memory: Tensor | None = ...,
+    memory_labels: Tensor | None = ...,
+    random_start: bool = ...,
+    noise: Tensor | None = ...,
+    generator: torch.Generator | None = ...,
+    return_info: Literal[True],
 ) -> tuple[Tensor, PerturbInfo]: ...
 def metric_perturb(
     x: Tensor,

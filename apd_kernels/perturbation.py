@@ -9,7 +9,7 @@ from torch import Tensor
 
 from apd_kernels._core.backend import resolve_backend
 from apd_kernels._core.checks import check_comparable, check_features, check_floating, check_same_kind, check_tensor
-from apd_kernels._core.operators import differentiable, internal_dtype, operator
+from apd_kernels._core.operators import differentiable, first_derivatives_only, internal_dtype, operator
 
 
 def metric_perturbation_loss(
@@ -145,11 +145,13 @@ _metric_perturbation_loss_backward = operator(
     "-> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
 )
+first_derivatives_only(_metric_perturbation_loss_backward)
 _metric_perturbation_loss_scaled = operator(
     "perturbation",
     "metric_perturbation_loss_scaled(Tensor gradient, Tensor share, Tensor total, str backend) -> Tensor",
     fake=_fake_scaled,
 )
+first_derivatives_only(_metric_perturbation_loss_scaled)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

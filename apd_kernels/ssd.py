@@ -11,7 +11,7 @@ from torch import Tensor
 from apd_kernels._core.backend import resolve_backend
 from apd_kernels._core.checks import check_floating, check_integers, check_same_kind, check_tensor
 from apd_kernels._core.maps import channel_axis, memory_format, stacked_like
-from apd_kernels._core.operators import differentiable, operator
+from apd_kernels._core.operators import differentiable, first_derivatives_only, operator
 from apd_kernels.reference import ssd as reference
 
 
@@ -51,8 +51,9 @@ def ssd_mask(
             all: (B, 1, H, W) or (B, L, 1). Dtype and device as `features`.
         permutation: the image whose NK each image receives, int64 (B,), each of 0 … B−1 once; see
             `identity_derangement`. None leaves out K*. A wrong one is a ValueError on the CPU. On CUDA that check would
-            wait for the GPU, so it is left to the caller: where an image is named twice or not at all its gradient is
-            NaN, and an entry outside 0 … B−1 gives NaN (in the kernels; on the PyTorch path, the error of indexing).
+            wait for the GPU, so it is left to the caller: the gradient of an image that is not named is NaN, that of
+            one named twice lacks a part, and an entry outside 0 … B−1 gives NaN (in the kernels; on the PyTorch path,
+            the error of indexing).
         stacked: return the maps as one batch for one pass of a shared network. They are written where they belong in
             it, and its gradient is read there: nothing is copied.
 
@@ -173,6 +174,7 @@ _ssd_mask_backward = operator(
     "-> (Tensor, Tensor[])",
     fake=_fake_backward,
 )
+first_derivatives_only(_ssd_mask_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -6,7 +6,7 @@ Without a GPU the kernels run in Triton's interpreter, which must be chosen befo
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,10 +65,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.empty is full of NaN (integers: a large value), so an element that a kernel forgets shows."""
-    empty = torch.empty
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
 
+
+def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
-        result = empty(*args, **kwargs)  # type: ignore[call-overload]
+        result = allocate(*args, **kwargs)
         if (
             isinstance(result, torch.Tensor)
             and result.device.type in ("cpu", "cuda")
@@ -80,7 +83,7 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
                 result.fill_(torch.iinfo(result.dtype).max // 2)
         return result
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+    return poisoned
 
 
 @pytest.fixture

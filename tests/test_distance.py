@@ -68,6 +68,7 @@ def test_sets_and_strides(backend: Backend) -> None:
         (base, base.flip(1) + 1),
         (base[:, ::2, 3:20], base[:, 5:, 3:20] + 1),
         (base[0, :, 1:], base[1, ::3, 1:]),
+        (base[:1, :4].transpose(0, 1), base[1:2, :4].transpose(0, 1)),  # one row a set, the sets apart
         (base.transpose(1, 2), base.transpose(1, 2)[:, :7] + 1),
     ):
         expected = pairwise_distance(x.contiguous(), y.contiguous())

@@ -155,6 +155,17 @@ def test_triplet_of_duplicates(backend: Backend) -> None:
     assert torch.equal(a.grad, torch.zeros_like(a))
 
 
+def test_hinge_has_slope_zero_at_its_corner(backend: Backend) -> None:
+    a = leaf(torch.tensor([[0.0], [1.0], [2.0], [3.0]]), backend.device)
+    labels = torch.tensor([0, 0, 1, 1], device=backend.device)
+    b = leaf(torch.tensor([[0.0], [1.0], [2.0]]), backend.device)
+    for x, y in ((a, labels), (b, torch.tensor([0, 0, 1], device=backend.device))):
+        triplet_loss(x, y, margin=0.0).backward()
+    # Anchors 1 and 2 have d_p = d_n = 1, the others d_p < d_n.
+    assert torch.equal(a.grad, torch.zeros_like(a))
+    assert torch.equal(b.grad, torch.zeros_like(b))
+
+
 def test_triplet_shows_nan(backend: Backend) -> None:
     """A NaN feature gives a NaN loss with a hinge as with a soft margin: it is never clamped away."""
     x, _ = features(8, 5, dtype=torch.float32)

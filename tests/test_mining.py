@@ -110,6 +110,50 @@ def test_sets_strides_and_label_types(backend: Backend) -> None:
         assert torch.equal(strided.indices.positive, sets.indices.positive[0])
 
 
+def test_labels_with_strides(backend: Backend) -> None:
+    """A column of a label table, an expanded label, labels of two integer types: by value, not by memory."""
+    x, labels = features(12, 9, dtype=torch.float32)
+    y, y_labels = features(20, 9, dtype=torch.float32, seed=1, identities=4)
+    x, labels, y, y_labels = (t.to(backend.device) for t in (x, labels, y, y_labels))
+    expected = batch_hard(x, labels, y, y_labels)
+    table = torch.stack([labels, labels * 0 + 7], 1)
+    strided = batch_hard(x, table[:, 0], y, torch.stack([y_labels, y_labels], 1)[:, 1])
+    assert torch.equal(strided.indices.positive, expected.indices.positive)
+    assert torch.equal(strided.indices.negative, expected.indices.negative)
+    one = torch.zeros((), dtype=torch.int64, device=backend.device).expand(12)
+    assert (batch_hard(x, one).indices.negative == -1).all()
+    signed = torch.full((12,), -1, dtype=torch.int8, device=backend.device)
+    unsigned = torch.full((20,), 255, dtype=torch.uint8, device=backend.device)
+    assert (batch_hard(x, signed, y, unsigned).indices.positive == -1).all()
+
+
+def test_offset_features(backend: Backend) -> None:
+    """A common offset of 30 standard deviations: the winners are still as good as the best."""
+    x, labels = features(24, 40, dtype=torch.float32)
+    x = x + 30
+    mined = batch_hard(x.to(backend.device), labels.to(backend.device))
+    check(mined, x, labels, None, None, "euclidean", 1e-5)
+
+
+def test_masked_nan_stays_out_of_the_gradient(backend: Backend) -> None:
+    x, labels = features(9, 5, dtype=torch.float32)
+    x[4, 1] = float("nan")
+    a = leaf(x, backend.device)
+    mined = batch_hard(a, labels.to(backend.device))
+    torch.where(mined.distances.negative.isfinite(), mined.distances.negative, 0).sum().backward()
+    assert not a.grad.isnan().any()
+
+
+def test_second_derivatives_are_refused(backend: Backend) -> None:
+    """An error instead of a gradient penalty that is silently zero."""
+    x, labels = features(8, 5, dtype=torch.float32)
+    a = leaf(x, backend.device)
+    distance = batch_hard(a, labels.to(backend.device)).distances.positive.sum()
+    (gradient,) = torch.autograd.grad(distance, a, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        gradient.square().sum().backward()
+
+
 def test_ties_go_to_the_lowest_index(backend: Backend) -> None:
     """Exact duplicates far apart in the batch, so that they fall into different tiles and splits."""
     x = torch.zeros(150, 8)

@@ -211,7 +211,8 @@ def solve(x: Tensor, labels: Tensor, epsilon: float, step_size: float, steps: in
     tiles = triton.cdiv(n, 16)
     launch(_squared_distances, (tiles, tiles, sets), x, squared, n, dimension, BM=16, BK=32, num_warps=4)
     launch(
-        _solve, (sets,), squared, labels.contiguous(), size, c, r, diagonal, winners, weights, n, steps, epsilon, step_size,
+        _solve, (sets,),
+        squared, labels.contiguous(), size, c, r, diagonal, winners, weights, n, steps, epsilon, step_size,
         NP=NP, RB=16, PRECISION=precision, num_warps=8, num_stages=1,
     )  # fmt: skip
     launch(

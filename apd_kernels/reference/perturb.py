@@ -31,9 +31,9 @@ def metric_perturb(
 ) -> Tensor:
     """z ← project(z + α · direction(∂/∂z Σ_a softplus(d_p − d_n))), `steps` times."""
     # float64 inputs are the oracle's: they take the form that is written like the formula.
-    if norm == "l2" and begin is None and memory is None and x.dtype != torch.float64:
-        if x.dim() == 2 and x.shape[0] <= SOLVER_SHARE * x.shape[1]:
-            return solve(x, labels, epsilon, step_size, steps, relative)
+    plain = norm == "l2" and begin is None and memory is None and x.dim() == 2 and x.dtype != torch.float64
+    if plain and x.shape[0] <= SOLVER_SHARE * x.shape[1]:
+        return solve(x, labels, epsilon, step_size, steps, relative)
 
     def gradient(z: Tensor) -> Tensor:
         positive, negative, positive_index, negative_index = batch_hard(
@@ -109,7 +109,7 @@ def _ascend(
             direction = torch.where(slope.isnan(), slope, slope.sign())
             offset = (moved + step * direction - start).clamp(-radius, radius)
         moved = start + offset
-    return moved.to(x.dtype, copy=True)
+    return moved.to(x.dtype, copy=True).contiguous()
 
 
 def solve(x: Tensor, labels: Tensor, epsilon: float, step_size: float, steps: int, relative: bool) -> Tensor:
@@ -166,4 +166,4 @@ def solve(x: Tensor, labels: Tensor, epsilon: float, step_size: float, steps: in
             q = torch.addmm(b, r, c.T).add_(r).add_(r.T)
             diagonal = q.diagonal().clone()
             squared = q.mul_(-2).add_(diagonal[:, None]).add_(diagonal)
-    return (x.double() + c @ rows).to(x.dtype)
+    return (x.double() + c @ rows).to(x.dtype).contiguous()

@@ -62,7 +62,7 @@ def metric_perturbation_loss_backward(
 
 def metric_perturbation_loss_scaled(gradient: Tensor, share: Tensor, total: Tensor) -> Tensor:
     """g · share · total."""
-    return (total.to(share.dtype) * (gradient * share)).to(total.dtype)
+    return (total.to(share.dtype) * (gradient * share)).to(total.dtype).contiguous()
 
 
 def _check_indices(indices: Tensor | None, size: int) -> None:
