@@ -213,7 +213,7 @@ def solve(x: Tensor, labels: Tensor, epsilon: float, step_size: float, steps: in
     launch(
         _solve, (sets,),
         squared, labels.contiguous(), size, c, r, diagonal, winners, weights, n, steps, epsilon, step_size,
-        NP=NP, RB=16, PRECISION=precision, num_warps=8, num_stages=1,
+        NP=NP, RB=16, PRECISION=precision, num_warps=8, num_stages=2,
     )  # fmt: skip
     launch(
         _apply, (triton.cdiv(dimension, 32), sets), x, c[:, steps % 2], out, n, dimension, 2 * NP * NP,
