@@ -12,8 +12,9 @@ from apd_kernels._core.rows import unit_rows
 from apd_kernels.reference.losses import per_difference
 from apd_kernels.reference.mining import batch_hard, pair_gradient
 
-# From this share of D upward the N×N form no longer pays; measured on 2 CPU cores, see docs/architecture.md.
-SOLVER_SHARE = 0.5
+# Up to this share of D the N×N form pays. 10 steps on 2 CPU cores, N×N against direct, ms: 64×2048 3.8 and 21,
+# 256×2048 37 and 144, 512×2048 172 and 268, 64×512 3.3 and 7.8, 128×512 10.8 and 10.9, 256×512 32 and 24.
+SOLVER_SHARE = 0.25
 
 
 def metric_perturb(
