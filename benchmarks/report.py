@@ -40,7 +40,7 @@ def _cell(entry: dict[str, Any] | None, ours: float) -> str:
     if entry is None:
         return "–"
     stats, extra = entry["stats"], entry["extra_info"]
-    text = f"{stats['median'] * 1e3:.3g} ± {stats['iqr'] * 500:.1g}"
+    text = f"{stats['median'] * 1e3:.3g} ± {stats['iqr'] * 500:.2g}"
     if extra["candidate"] != "ours":
         text += f" ({stats['median'] / ours:.1f}×)"
     if "event_ms" in extra:
