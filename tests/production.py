@@ -136,6 +136,16 @@ def metric_perturb_steps() -> None:
 
 
 @case
+def metric_perturb_of_half() -> None:
+    x, memory = _rows(200, 768, dtype=torch.bfloat16), _rows(4096, 768, dtype=torch.bfloat16)
+    labels = torch.empty(200, dtype=torch.int32, device="meta")
+    perturb.metric_perturb(x, labels, _rows(200, 768), memory, _indices(4096), 0.1, 0.1, 2, True, "linf", "fp32")
+    perturb.metric_perturb(
+        _rows(64, 2048, dtype=torch.float16), _indices(64), None, None, None, 0.1, 0.1, 2, False, "l2", "fp32"
+    )
+
+
+@case
 def negative_perturb() -> None:
     valid = torch.empty(64, dtype=torch.bool, device="meta")
     perturb.negative_perturb(_rows(64, 2048), _rows(64, 4, 2048), valid, None, 0.1, 0.1, 10, False, "l2")

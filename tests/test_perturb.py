@@ -189,6 +189,20 @@ def test_memory(backend: Backend) -> None:
                 offset = offset * (0.3 / offset.norm(dim=1, keepdim=True).clamp(min=1e-300)).clamp(max=1)
             z = x.double() + offset.clamp(-0.3, 0.3)
         assert_close(ours.cpu().double() - x.double(), z - x.double(), 1e-5, "displacement")
+    # A half-precision memory is read as it is, while the points between the steps are float32.
+    x, memory = x.half(), memory.half()
+    half, full = (
+        metric_perturb(
+            x.to(backend.device, dtype),
+            labels.to(backend.device),
+            epsilon=0.3,
+            steps=3,
+            memory=memory.to(backend.device, dtype),
+            memory_labels=memory_labels.to(backend.device),
+        )
+        for dtype in (torch.float16, torch.float32)
+    )
+    assert_close(half, full, 2**-11)
     nothing = metric_perturb(
         x.to(backend.device),
         labels.to(backend.device),

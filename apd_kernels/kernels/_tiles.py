@@ -24,6 +24,8 @@ def product(
 ):
     """acc[i, j] = x_rows[i] · y_columns[j] in float32, and with SQUARES also ‖x_rows[i]‖² and ‖y_columns[j]‖² (else 0).
 
+    y is taken in x's dtype: a half-precision memory may meet float32 points.
+
     Tensor cores truncate while they accumulate: a bias that grows with D. So every BK-chunk is added into a separate
     float32 accumulator; `one` = 1.0 comes at run time, or the compiler folds the chunk back into the dot.
     """
@@ -36,7 +38,7 @@ def product(
         k = k0 + tl.arange(0, BK)
         in_row = (k < D)[None, :]
         a = tl.load(x_rows + k[None, :], mask=row_mask[:, None] & in_row, other=0.0)
-        b = tl.load(y_rows + k[None, :], mask=column_mask[:, None] & in_row, other=0.0)
+        b = tl.load(y_rows + k[None, :], mask=column_mask[:, None] & in_row, other=0.0).to(a.dtype)
         if SQUARES:
             a32, b32 = a.to(tl.float32), b.to(tl.float32)
             xx += tl.sum(a32 * a32, 1)
