@@ -175,37 +175,34 @@ def metric_perturb(
         if named_backend() is not None:
             raise ValueError(f"x: the 'triton' backend takes at most {MAX_DIMENSION} dimensions, got {x.shape[-1]}")
         backend = "torch"
+    moving = steps > 0 and epsilon > 0 and x.numel() > 0
+    if not moving and not return_info:
+        return x
     relative = epsilon_mode == "relative"
-    perturbed = x
-    take: Any = None
-    if steps > 0 and epsilon > 0 and x.numel() > 0:
-        step = float(2.5 * epsilon / steps if step_size is None else step_size)
-        scalars = (float(epsilon), step)
-        choices = (relative, norm, resolve_precision(None), backend)
-        begin = _beginning(x, float(epsilon), relative, norm, random_start, noise, generator)
-        if objective == "triplet":
+    step = float(2.5 * epsilon / max(1, steps) if step_size is None else step_size)
+    begin = _beginning(x, float(epsilon), relative, norm, random_start, noise, generator) if moving else None
+    precision = resolve_precision(None)
+    partners = None if objective == "triplet" else _negatives(x, labels, negatives, memory, memory_labels)
 
-            def take(begin: Tensor | None, count: int) -> Tensor:
-                return _metric_perturb(x, labels, begin, memory, memory_labels, *scalars, count, *choices)
-        else:
-            rows, valid = _negatives(x, labels, negatives, memory, memory_labels)
-
-            def take(begin: Tensor | None, count: int) -> Tensor:
-                return _negative_perturb(x, rows, valid, begin, *scalars, count, relative, norm, backend)
+    def advance(begin: Tensor | None, count: int) -> Tensor:
+        if not moving:
+            return x
+        ball = (float(epsilon), step, count, relative, norm)
+        if partners is None:
+            return _metric_perturb(x, labels, begin, memory, memory_labels, *ball, precision, backend)
+        return _negative_perturb(x, *partners, begin, *ball, backend)
 
     if not return_info:
-        return x if take is None else take(begin, steps)
-    points = [x if take is None or begin is None else begin.to(x.dtype)]
+        return advance(begin, steps)
+    points = [x if begin is None else begin.to(x.dtype)]
     for _ in range(steps):
-        points.append(x if take is None else take(begin if len(points) == 1 else points[-1], 1))
-    perturbed = points[-1]
+        points.append(advance(points[-1] if len(points) > 1 else begin, 1))
     with torch.no_grad():
-        if objective == "triplet":
+        if partners is None:
             losses = [triplet_loss(z, labels, memory, memory_labels, margin=None) for z in points]
         else:
-            rows, _ = _negatives(x, labels, negatives, memory, memory_labels)
-            losses = [_eq3(z, rows, x) for z in points]
-        return perturbed, PerturbInfo(torch.stack(losses), _flipped(x, perturbed, labels))
+            losses = [_eq3(z, *partners, x) for z in points]
+        return points[-1], PerturbInfo(torch.stack(losses), _flipped(x, points[-1], labels))
 
 
 def _check_partners(
@@ -277,10 +274,12 @@ def _negatives(
         return taken[..., None, :], index >= 0
 
 
-def _eq3(z: Tensor, negatives: Tensor, x: Tensor) -> Tensor:
-    if x.dim() == 2:
-        return metric_perturbation_loss(z, negatives, x)
-    return torch.stack([metric_perturbation_loss(*rows) for rows in zip(z, negatives, x, strict=True)])
+def _eq3(z: Tensor, negatives: Tensor, valid: Tensor, x: Tensor) -> Tensor:
+    """APD's eq. 3 of each set, over the rows that have negatives."""
+    if x.dim() == 3:
+        return torch.stack([_eq3(*rows) for rows in zip(z, negatives, valid, x, strict=True)])
+    index = torch.arange(negatives.shape[:2].numel(), device=x.device).view(negatives.shape[:2])
+    return metric_perturbation_loss(z, negatives.flatten(0, 1), x, indices=index.where(valid[:, None], -1))
 
 
 def _flipped(x: Tensor, perturbed: Tensor, labels: Tensor) -> Tensor:

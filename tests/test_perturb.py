@@ -317,6 +317,19 @@ def test_info(backend: Backend) -> None:
     assert nothing.flipped == 0
 
 
+def test_info_of_negatives(backend: Backend) -> None:
+    """Eq. 3 falls, and rows without a negative do not count."""
+    x, labels = features(9, 12, dtype=torch.float32)
+    x, labels = x.to(backend.device), labels.to(backend.device)
+    for rows in (x, torch.stack([x, x.flip(-1)])):
+        _, info = metric_perturb(rows, labels, epsilon=0.5, steps=2, objective="negative", return_info=True)
+        assert info.losses.shape == (3, *rows.shape[:-2])
+        assert (info.losses[1:] < info.losses[0]).all()
+    one = torch.zeros_like(labels)
+    _, info = metric_perturb(x, one, epsilon=0.5, objective="negative", return_info=True)
+    assert torch.equal(info.losses, torch.zeros(2, device=info.losses.device))
+
+
 def test_real_features_flip(real_data, backend: Backend) -> None:  # type: ignore[no-untyped-def]
     """On real query features a larger ball changes more anchors' nearest neighbours to another identity."""
     import numpy as np
