@@ -11,7 +11,7 @@ from apd_kernels._core.backend import resolve_backend
 from apd_kernels._core.checks import check_choice, check_comparable, check_features, check_integers
 from apd_kernels._core.operators import differentiable, first_derivatives_only, internal_dtype, operator
 from apd_kernels._core.precision import resolve_precision
-from apd_kernels._core.rows import unit_rows
+from apd_kernels._core.rows import per_difference, unit_rows
 from apd_kernels.distance import METRICS
 
 
@@ -149,8 +149,8 @@ def _backward(ctx: Any, for_positive: Tensor, for_negative: Tensor, *_: Tensor) 
     for_x, for_y = pair_gradient(
         x,
         y,
-        _per_difference(for_positive, positive, ctx.metric),
-        _per_difference(for_negative, negative, ctx.metric),
+        per_difference(for_positive, positive, ctx.metric),
+        per_difference(for_negative, negative, ctx.metric),
         positive_index,
         negative_index,
         ctx.metric,
@@ -164,14 +164,6 @@ def _backward(ctx: Any, for_positive: Tensor, for_negative: Tensor, *_: Tensor) 
         for_y if ctx.needs_input_grad[2] else None,
         *(None,) * 4,
     )
-
-
-def _per_difference(gradient: Tensor, distance: Tensor, metric: str) -> Tensor:
-    """The weight of the row difference x − y in the gradient: g/d, 2g or g; 0 for a Euclidean distance of 0, and for a
-    gradient of 0 whatever the distance, so that a NaN that was masked out stays out."""
-    if metric == "euclidean":
-        return torch.where((distance == 0) | (gradient == 0), 0, gradient / distance)
-    return 2 * gradient if metric == "sqeuclidean" else gradient
 
 
 differentiable(_batch_hard, _setup_context, _backward)

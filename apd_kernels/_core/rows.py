@@ -26,6 +26,16 @@ def unit_rows(x: Tensor) -> Tensor:
     return torch.where(norm == 0, 0, scaled / torch.where(norm == 0, 1, norm))
 
 
+def per_difference(slope: Tensor, distance: Tensor, metric: str = "euclidean") -> Tensor:
+    """The weight of a row difference x − y in a gradient, from the slope by the distance: slope/d, 2·slope or slope.
+
+    0 for a Euclidean distance of 0, and for a slope of 0 whatever the distance: a NaN that was masked out stays out.
+    """
+    if metric == "euclidean":
+        return torch.where((distance == 0) | (slope == 0), 0, slope / distance)
+    return 2 * slope if metric == "sqeuclidean" else slope
+
+
 def row_blocks(rows: int, columns: int, sets: int = 1) -> Iterator[slice]:
     """Slices over `rows` such that a block of `sets` × rows × `columns` elements stays within BLOCK_ELEMENTS."""
     size = max(1, BLOCK_ELEMENTS // max(1, columns * sets))

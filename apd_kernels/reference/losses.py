@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apd_kernels._core.rows import per_difference
 from apd_kernels.reference.mining import mine, pair_distance
 
 
@@ -51,9 +52,3 @@ def triplet_loss_indexed(
     if reverse:
         slope = -slope
     return loss, per_difference(slope, positive, metric), per_difference(-slope, negative, metric)
-
-
-def per_difference(slope: Tensor, distance: Tensor, metric: str) -> Tensor:
-    if metric == "euclidean":
-        return torch.where((distance == 0) | (slope == 0), 0, slope / distance)
-    return 2 * slope if metric == "sqeuclidean" else slope

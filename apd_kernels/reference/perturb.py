@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from apd_kernels._core.operators import internal_dtype
-from apd_kernels._core.rows import unit_rows
-from apd_kernels.reference.losses import per_difference
+from apd_kernels._core.rows import per_difference, unit_rows
 from apd_kernels.reference.mining import batch_hard, pair_gradient
 
 # Up to this share of D the N×N form pays. 10 steps on 2 CPU cores, N×N against direct, ms: 64×2048 3.8 and 21,

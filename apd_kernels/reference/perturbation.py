@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apd_kernels._core.operators import internal_dtype
-from apd_kernels._core.rows import row_blocks
+from apd_kernels._core.rows import per_difference, row_blocks
 
 
 def metric_perturbation_loss(
@@ -54,9 +54,9 @@ def metric_perturbation_loss_backward(
         d_n, d_o = to_negatives[block], to_original[block]
         slope = _slope(d_n, d_o, indices, block) * (gradient * share)
         to_perturbed[block] = _for_perturbed(slope, d_n, d_o, toward, away)
-        to_source[block] = -_weight(slope.sum(1), d_o)[:, None] * away
+        to_source[block] = -per_difference(slope.sum(1), d_o)[:, None] * away
         if for_negatives:
-            to_each[block] = _weight(slope, d_n)[..., None] * toward
+            to_each[block] = per_difference(slope, d_n)[..., None] * toward
     return to_perturbed, to_each, to_source
 
 
@@ -107,10 +107,6 @@ def _slope(to_negatives: Tensor, to_original: Tensor, indices: Tensor | None, bl
     return slope if indices is None else torch.where(indices[block] == -1, 0, slope)
 
 
-def _weight(slope: Tensor, distance: Tensor) -> Tensor:
-    return torch.where((distance == 0) | (slope == 0), 0, slope / distance)
-
-
 def _for_perturbed(slope: Tensor, to_negatives: Tensor, to_original: Tensor, toward: Tensor, away: Tensor) -> Tensor:
-    pulled = torch.bmm(_weight(slope, to_negatives)[:, None], toward)[:, 0]
-    return _weight(slope.sum(1), to_original)[:, None] * away - pulled
+    pulled = torch.bmm(per_difference(slope, to_negatives)[:, None], toward)[:, 0]
+    return per_difference(slope.sum(1), to_original)[:, None] * away - pulled
