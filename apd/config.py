@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from operator import attrgetter
+from types import NoneType
+from typing import Any, NamedTuple, get_args, get_type_hints
+
+from apd.errors import InputError
 
 PAPER = "paper"  # Tan et al. 2025
 TRANSREID = "TransReID"
@@ -125,7 +131,9 @@ class TrainConfig:
     lr: float = _value(0.008, "learning rate for a batch of 64; scaled with the batch size", TRANSREID)
     weight_decay: float = _value(1e-4, "weight decay", TRANSREID)
     bias_lr: float = _value(2.0, "factor on the learning rate of biases", TRANSREID)
-    warmup_epochs: float = _value(5.0, "epochs over which the learning rate grows linearly; then cosine to 0", TRANSREID)
+    warmup_epochs: float = _value(
+        5.0, "epochs over which the learning rate grows linearly; then cosine to 0", TRANSREID
+    )
     clip: float | None = _value(None, "largest norm of the gradient; none: not clipped", OURS)
     validation_identities: int = _value(
         0, "identities of every source kept from training to choose the best weights by; 0: the last weights", OURS
@@ -153,3 +161,168 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     latent: LatentConfig = field(default_factory=LatentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+
+class Setting(NamedTuple):
+    """One value of a configuration."""
+
+    key: str  # with its section: "train.lr"
+    type: type  # bool, int, float or str
+    optional: bool  # may be None
+    default: Any
+    help: str
+    source: str
+    choices: tuple[str, ...]
+
+
+def _settings(section: Any, prefix: str = "") -> Iterator[Setting]:
+    types = get_type_hints(section)
+    for one in fields(section):
+        if is_dataclass(types[one.name]):
+            yield from _settings(types[one.name], f"{prefix}{one.name}.")
+        else:
+            kinds = get_args(types[one.name]) or (types[one.name],)
+            kind = next(kind for kind in kinds if kind is not NoneType)
+            yield Setting(prefix + one.name, kind, NoneType in kinds, one.default, **one.metadata)
+
+
+SETTINGS = {setting.key: setting for setting in _settings(Config)}
+SECTIONS = {key.partition(".")[0] for key in SETTINGS if "." in key}
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value of a dotted key, for example "train.lr"."""
+    return attrgetter(key)(config)
+
+
+def shown(value: Any) -> str:
+    """A value as it is written in a configuration file."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
+    return f"{value}"
+
+
+# Numbers: what must hold, in words and as a test, and for which keys. None is left to the type.
+_RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
+    ("from 0 to 2³² − 1", lambda value: 0 <= value < 2**32, ("seed",)),  # as numpy wants it
+    ("at least 2", lambda value: value >= 2, ("mpg.batch_size", "train.batch_size", "train.instances")),
+    (
+        "at least 1",
+        lambda value: value >= 1,
+        (
+            *("log_steps", "data.height", "data.width"),
+            *("mpg.negatives", "mpg.width", "mpg.blocks", "mpg.discriminator_width", "mpg.discriminator_layers"),
+            *("model.patch_size", "model.embed_dim", "model.depth", "model.heads"),
+        ),
+    ),
+    (
+        "at least 0",
+        lambda value: value >= 0,
+        (
+            *("data.pad", "data.workers", "mpg.steps", "mpg.weight_mp", "mpg.weight_s", "mpg.weight_c"),
+            *("loss.weight_k", "loss.weight_nk", "loss.weight_kp", "loss.ramp_epochs", "loss.margin"),
+            *("latent.weight", "latent.epsilon", "latent.steps"),
+            *("train.epochs", "train.steps", "train.weight_decay", "train.bias_lr", "train.warmup_epochs"),
+            "train.validation_identities",
+        ),
+    ),
+    (
+        "more than 0",
+        lambda value: value > 0,
+        ("checkpoint_minutes", "mpg.lr", "train.lr", "train.clip", "train.validation_epochs"),
+    ),
+    ("from 0 to 1", lambda value: 0 <= value <= 1, ("data.flip", "data.erasing", "loss.label_smoothing")),
+    ("from 0 to less than 1", lambda value: 0 <= value < 1, ("mpg.beta1", "model.drop_path")),
+    ("any number", lambda value: True, ("model.msp_bias_init",)),
+)
+_RANGE = {key: (words, holds) for words, holds, keys in _RANGES for key in keys}
+_TYPES = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+
+
+def check(config: Config) -> None:
+    """Raise for values that cannot be trained with.
+
+    Raises:
+        InputError: a value of the wrong type or outside its range, or two values that exclude each other. The message
+            begins with the key.
+    """
+    for key, setting in SETTINGS.items():
+        _check_alone(setting, value_of(config, key))
+    data, model, mpg, train = config.data, config.model, config.mpg, config.train
+    if train.batch_size % train.instances or train.batch_size < 2 * train.instances:
+        expected = f"a multiple of train.instances ({train.instances}) for at least 2 identities"
+        raise _wrong("train.batch_size", expected, train.batch_size)
+    for side in ("height", "width"):
+        pixels = getattr(data, side)
+        if model.patch_size is not None and pixels % model.patch_size:
+            raise _wrong(f"data.{side}", f"a multiple of model.patch_size ({model.patch_size})", pixels)
+        if config.perturbation in ("generator", "both") and pixels % 4:
+            raise _wrong(f"data.{side}", "a multiple of 4, since the generator halves images twice", pixels)
+    if model.embed_dim is not None and model.heads is not None and model.embed_dim % model.heads:
+        raise _wrong("model.embed_dim", f"a multiple of model.heads ({model.heads})", model.embed_dim)
+    for size in ("patch_size", "embed_dim", "depth", "heads"):
+        if model.pretrained == "timm" and getattr(model, size) is not None:
+            expected = "none with model.pretrained=timm, whose weights fit the backbone's own sizes only"
+            raise _wrong(f"model.{size}", expected, getattr(model, size))
+    if mpg.trunk in ("random", "random:"):
+        raise _wrong("mpg.trunk", "auto, self, a timm name or random:NAME", mpg.trunk)
+    if mpg.trunk.startswith("random:") and mpg.trunk_weights is not None:
+        raise _wrong("mpg.trunk_weights", f"none with mpg.trunk={mpg.trunk}, which is untrained", mpg.trunk_weights)
+
+
+def _check_alone(setting: Setting, value: Any) -> None:
+    if value is None and setting.optional:
+        return
+    accepted = (int, float) if setting.type is float else (setting.type,)
+    if type(value) not in accepted:  # not isinstance: True is no integer
+        raise _wrong(setting.key, _TYPES[setting.type] + " or none" * setting.optional, value)
+    if setting.choices and value not in setting.choices:
+        raise _wrong(setting.key, f"one of {', '.join(setting.choices)}", value)
+    if setting.type is str and not value.strip():
+        raise _wrong(setting.key, "text", value)
+    if setting.type in (int, float):
+        expected, holds = _RANGE[setting.key]
+        if not (math.isfinite(value) and holds(value)):
+            raise _wrong(setting.key, expected, value)
+
+
+def _wrong(key: str, expected: str, value: Any) -> InputError:
+    return InputError(f"{key}: expected {expected}, got {described(value)}")
+
+
+def described(value: Any) -> str:
+    """A value of any type for an error message, short."""
+    if isinstance(value, str):
+        return repr(value[:60] + "…" * (len(value) > 60))
+    return {list: "a list", dict: "a section", type(None): "null"}.get(type(value)) or shown(value)
+
+
+def advice(config: Config) -> list[str]:
+    """What is allowed and yet probably not meant, or worth knowing beside the results; one line each.
+
+    Args:
+        config: a configuration that passes `check`.
+    """
+    data, model, mpg, train = config.data, config.model, config.mpg, config.train
+    lines = []
+    if train.optimizer == "sgd" and model.pretrained == "none":
+        lines.append(
+            "train.optimizer=sgd is the recipe for pretrained weights; from scratch: adamw, train.lr=5e-4, "
+            "train.weight_decay=0.05, train.clip=1, train.warmup_epochs=10 and many more epochs"
+        )
+    if train.optimizer == "adamw" and train.lr == SETTINGS["train.lr"].default:
+        lines.append(f"train.lr={train.lr} is the default of sgd; adamw usually takes 5e-4")
+    if train.steps is None and 0 < train.epochs <= train.warmup_epochs:
+        lines.append(
+            f"train.warmup_epochs={train.warmup_epochs:g} of train.epochs={train.epochs:g}: the learning rate still "
+            "grows when the training ends"
+        )
+    if config.perturbation in ("latent", "none"):
+        if data.train_on == "synthesized":
+            lines.append(
+                f"data.train_on=synthesized: perturbation={config.perturbation} synthesizes no images; the originals "
+                "are used"
+            )
+    elif mpg.trunk.startswith("random:"):
+        lines.append(f"mpg.trunk={mpg.trunk}: ψ and φ are untrained, which is a control, not the method")
+    return lines

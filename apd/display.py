@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from apd.evaluation import RANKS, Evaluation
-from apd.features import FeatureSet
+from apd.features import SPLITS, FeatureSet
 from apd.retrieval import RankedLists
 from apd_kernels import Gallery
 
@@ -39,7 +43,38 @@ def _contents(rows: FeatureSet) -> str:
 def _facts(*facts: tuple[str, str]) -> None:
     """Aligned lines, never folded: a pipe must get each fact in one piece."""
     for name, value in facts:
-        console.print(Text.assemble((f"{name:<10}", "dim"), value), soft_wrap=True)
+        console.print(Text.assemble((f"{name:<12}", "dim"), value), soft_wrap=True)
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on the terminal's error stream, and the function that moves it on; nothing in a file."""
+    errors = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+def print_extractor(about: Mapping[str, Any]) -> None:
+    """What `apd.extraction.Extractor.about` says."""
+    height, width = about["image_size"]
+    facts = [
+        ("model", f"{about['model']}, weights {about['fingerprint'][:12]}"),
+        ("images", f"{height} × {width} pixels; flip test {'on' if about['flip_test'] else 'off'}"),
+    ]
+    if "descriptor" in about:
+        smoothing = about["label_smoothing"]
+        facts.append(("descriptor", f"{about['descriptor']}; trained with label smoothing {smoothing or 'off'}"))
+    _facts(*facts)
+
+
+def print_extracted(rows: FeatureSet, absent: list[str]) -> None:
+    assert rows.split is not None
+    present = [part for part, split in SPLITS.items() if (rows.split == split).any()]
+    facts = [(part, _contents(rows.part(part))) for part in present]
+    _facts(*facts, *((part, "left out: not in the data set") for part in absent))
+    _facts(("features", f"{rows.dim} dimensions"))
 
 
 def print_evaluation(result: Evaluation, query: FeatureSet, gallery: FeatureSet) -> None:
@@ -54,6 +89,7 @@ def print_evaluation(result: Evaluation, query: FeatureSet, gallery: FeatureSet)
         ("distance", f"{result.metric}, {query.dim} dimensions"),
         ("AP", _AP[result.ap]),
         ("ties", _TIES),
+        ("re-ranking", "off"),
     )
     values = {**{f"rank-{k}": result.cmc[k] for k in RANKS}, "mAP": result.mAP, "mINP": result.mINP}
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
@@ -95,7 +131,7 @@ def print_lists(lists: RankedLists, gallery: Gallery, show: int) -> None:
 
 
 def _labels(pid: int | None, camera: int | None) -> str:
-    return "".join(f"{name} {value}  " for name, value in (("id", pid), ("camera", camera)) if value is not None)
+    return "".join(f"{name} {value}  " for name, value in (("id", pid), ("camera", camera)) if value not in (None, -1))
 
 
 def print_written(*paths: Path) -> None:

@@ -7,20 +7,24 @@ An ``.npz`` archive with the arrays
 - ``camids`` (N,), integers: the camera of each image;
 - ``split`` (N,), integers, optional: 0 train, 1 query, 2 gallery;
 - ``names`` (N,), strings, optional: the image files.
+
+Further arrays are left alone; ``apd extract`` writes some that say how the features were made.
 """
 
 from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from apd.errors import InputError
+from apd.files import replacing
 
 SPLITS = {"train": 0, "query": 1, "gallery": 2}
 
@@ -121,6 +125,21 @@ def load_features(path: Path) -> FeatureSet:
         camids=arrays.get("camids"),
         split=split,
     )
+
+
+def save_features(rows: FeatureSet, path: Path, about: Mapping[str, Any]) -> None:
+    """Write or replace a feature file in one step.
+
+    Args:
+        rows: all rows of the file.
+        path: the ``.npz`` file.
+        about: how the features were made: strings, numbers and lists of numbers, each written as an array of its name.
+    """
+    columns = {"pids": rows.pids, "camids": rows.camids, "split": rows.split, "names": rows.names}
+    arrays: dict[str, Any] = {name: values for name, values in columns.items() if values is not None}
+    arrays |= {name: np.array(value) for name, value in about.items()}
+    with replacing(path) as file:
+        np.savez(file, features=rows.features, **arrays)
 
 
 @contextmanager

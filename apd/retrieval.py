@@ -1,16 +1,19 @@
-"""Galleries of feature files, and ranked lists."""
+"""Galleries of features, and ranked lists."""
 
 from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from apd.data.market import _NAME
 from apd.errors import InputError
+from apd.extraction import Extractor, extract, load_extractor
 from apd.features import FeatureSet
 from apd.files import write_json, write_text
 from apd_kernels import Gallery, SearchResult
@@ -24,6 +27,68 @@ def index_features(rows: FeatureSet, metric: str, *, device: str | None = None) 
     except ValueError as error:
         raise InputError(f"{rows.path}: {error}") from error
     return gallery
+
+
+def note_run(gallery: Gallery, extractor: Extractor, data: Path) -> None:
+    """Keep in the gallery what describes further images as its own were described: the run, and how it was used.
+
+    Args:
+        gallery: made by `index_features` from the images of `data`.
+        extractor: a run's.
+        data: the data set's folder, to which the image names are relative.
+    """
+    assert extractor.run is not None
+    gallery.notes = {**extractor.about(), "run": str(extractor.run.resolve()), "data": str(data.resolve())}
+
+
+def extractor_of(gallery: Gallery, path: Path, device: str, run: Path | None = None) -> Extractor:
+    """The network that described the images of a gallery.
+
+    Args:
+        gallery, path: the gallery, and where it was loaded from.
+        device: where to compute.
+        run: the run's folder, if it has moved.
+
+    Raises:
+        InputError: the gallery was made from features, its run is not there, or the run has other weights now.
+    """
+    if "run" not in gallery.notes:
+        raise InputError(
+            f"{path}: made from a feature file, so no model is known that could describe --query; search it with "
+            "--features, or make a gallery with apd index --checkpoint RUN --data DIR"
+        )
+    folder = Path(gallery.notes["run"]) if run is None else run
+    if run is None and not folder.is_dir():
+        raise InputError(f"{path}: made with the run {folder}, which is not there; where is it now? --checkpoint RUN")
+    extractor = load_extractor(str(folder), device, flip_test=gallery.notes["flip_test"])
+    if extractor.fingerprint != gallery.notes["fingerprint"]:
+        before, now = gallery.notes["fingerprint"][:12], extractor.fingerprint[:12]
+        raise InputError(
+            f"{path}: made with other weights ({before}…) than {folder} has now ({now}…); make the gallery anew with "
+            f"apd index --checkpoint {folder}"
+        )
+    return extractor
+
+
+def describe_queries(extractor: Extractor, images: Sequence[Path], pid: int | None, camera: int | None) -> FeatureSet:
+    """Query rows of image files.
+
+    Args:
+        extractor: the network of the gallery.
+        images: the files.
+        pid, camera: of every image; None: as its file name says in the manner of Market-1501, or else unknown (−1).
+    """
+    matches = [_NAME.match(image.name) for image in images]
+    labels = [(-1, -1) if match is None else (int(match["pid"]), int(match["camid"])) for match in matches]
+    return FeatureSet(
+        path=images[0],
+        rows=f"{len(images)} of --query",
+        features=extract(extractor, images),
+        names=np.array([str(image) for image in images]),
+        pids=np.array([found if pid is None else pid for found, _ in labels], np.int32),
+        camids=np.array([found if camera is None else camera for _, found in labels], np.int32),
+        split=None,
+    )
 
 
 @dataclass(frozen=True)
@@ -42,7 +107,7 @@ class RankedLists:
         return [row for row in rows if row[0] >= 0]
 
     def describe(self, query: int) -> tuple[int | None, int | None, str]:
-        """(id, camera, name) of a query; None where the file does not say."""
+        """(id, camera, name) of a query; None where that is not known, and −1 for an id of nobody."""
         pids, camids = self.query.pids, self.query.camids
         return (
             None if pids is None else int(pids[query]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -62,6 +63,9 @@ class Gallery:
         RuntimeError: `device` names a GPU that FAISS does not find.
         TypeError, ValueError: an argument of the wrong type or choice.
 
+    The dictionary `notes` is saved with the gallery: anything about the gallery as a whole that JSON can hold, such as
+    the model that made its rows.
+
     >>> import torch
     >>> from apd_kernels import Gallery
     >>> gallery = Gallery(2, metric="euclidean")
@@ -81,6 +85,7 @@ class Gallery:
         self._gpu_index: Any = None
         self._ids, self._cams = _Column(np.int64), _Column(np.int64)
         self._metadata: dict[str, _Column] = {}
+        self.notes: dict[str, Any] = {}
         self._largest_norm = 0.0
         self._zero_rows = _Column(np.int64)
 
@@ -198,8 +203,10 @@ class Gallery:
         Raises:
             GalleryError: `path` is a file or a folder with other content.
             OSError: the folder cannot be written.
+            TypeError: `notes` holds something that JSON cannot give back.
         """
         faiss = _faiss()
+        _check_notes(self.notes)
         arrays = {"ids": self._ids.values(), "cams": self._cams.values()}
         arrays |= {f"metadata.{name}": column.values() for name, column in self._metadata.items()}
 
@@ -211,7 +218,7 @@ class Gallery:
             np.savez(buffer, **arrays)  # type: ignore[arg-type]
             writer.write(buffer.getbuffer())
 
-        fields = {"dim": self.dim, "metric": self.metric, "count": len(self)}
+        fields = {"dim": self.dim, "metric": self.metric, "count": len(self), "notes": self.notes}
         files = {"index.faiss": write_index, "arrays.npz": write_arrays}
         save_folder(Path(path), FORMAT, VERSION, fields, files, GalleryError)
 
@@ -241,9 +248,12 @@ class Gallery:
                 raise GalleryError(f"{path}: damaged: {failure}") from failure
             found = (type(index), index.d, index.metric_type, index.ntotal)
             expected = (type(gallery._index), gallery.dim, gallery._index.metric_type, manifest["count"])
-            if found != expected or any(values.shape != (manifest["count"],) for values in arrays.values()):
+            notes = manifest.get("notes", {})  # none in a gallery saved before there were notes
+            fitting = isinstance(notes, dict) and all(x.shape == (manifest["count"],) for x in arrays.values())
+            if found != expected or not fitting:
                 raise GalleryError(f"{path}: damaged: its index or arrays do not fit its manifest")
             gallery._index = index
+            gallery.notes = notes
             gallery._ids.append(arrays.pop("ids"))
             gallery._cams.append(arrays.pop("cams"))
             for name, values in arrays.items():
@@ -443,6 +453,15 @@ def _reject(name: str, rows: Tensor, what: str) -> None:
         marked = rows.nonzero().flatten().tolist()
         first = ", ".join(map(str, marked[:5])) + (", …" if len(marked) > 5 else "")
         raise ValueError(f"{name}: expected finite rows, got {what} in {len(marked)} of {len(rows)} rows: {first}")
+
+
+def _check_notes(notes: object) -> None:
+    try:
+        if isinstance(notes, dict) and json.loads(json.dumps(notes, allow_nan=False)) == notes:
+            return
+    except (TypeError, ValueError, RecursionError):
+        pass
+    raise TypeError("notes: expected a dictionary with string keys of what JSON can hold: no tuples, arrays or NaN")
 
 
 def _check_positive(name: str, value: object) -> None:

@@ -68,6 +68,29 @@ def test_round_trip(tmp_path: Path, metric: str, n: int) -> None:
     assert len(list(path.iterdir())) == 3
 
 
+def test_notes(tmp_path: Path) -> None:
+    """Saved with the rows, at the same step: a gallery that replaces another has its own notes or none."""
+    notes = {"model": "é.pt", "size": [256, 128], "flip": False, "of": {"fingerprint": "0a", "share": 0.1, "by": None}}
+    gallery = _filled(5)
+    gallery.notes = notes
+    gallery.save(tmp_path / "g")
+    loaded = Gallery.load(tmp_path / "g")
+    assert loaded.notes == notes
+    for wrong in ({"size": (256, 128)}, {1: "one"}, {"x": float("nan")}, {"x": torch.ones(1)}, ["x"]):
+        gallery.notes = wrong
+        with pytest.raises(TypeError, match="notes: expected a dictionary"):
+            gallery.save(tmp_path / "g")
+    assert Gallery.load(tmp_path / "g").notes == notes
+    _filled(5).save(tmp_path / "g")
+    assert Gallery.load(tmp_path / "g").notes == {}
+
+
+def test_galleries_saved_before_there_were_notes(tmp_path: Path) -> None:
+    _filled(5).save(tmp_path / "g")
+    _sealed(tmp_path / "g", lambda manifest: manifest.pop("notes"))
+    _assert_equal(Gallery.load(tmp_path / "g"), _filled(5))
+
+
 def test_zero_rows_survive_loading(tmp_path: Path) -> None:
     gallery = Gallery(2)
     gallery.add(torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
@@ -126,6 +149,7 @@ def _sealed(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         (lambda m: m.update(metric="euclidean"), "damaged: its index or arrays do not fit its manifest"),
         (lambda m: m.update(dim="6"), "damaged"),
         (lambda m: m.update(metric="l2"), "damaged"),
+        (lambda m: m.update(notes=["x"]), "damaged"),
         (lambda m: m.pop("dim"), "damaged"),
         (lambda m: m.update(files=[]), "damaged"),
         (lambda m: m["files"].pop("index.faiss"), "damaged"),

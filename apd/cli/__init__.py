@@ -1,0 +1,23 @@
+"""The command line ``apd``.
+
+Libraries are imported by the commands that use them, so that ``apd --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from apd.cli.retrieval import FILE_HELP, evaluate, extract, index, search
+from apd.cli.tools import demo, env
+
+app = typer.Typer(
+    help="Person re-identification: extract and evaluate features, build and search galleries.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+for command in (extract, evaluate, index, search):
+    app.command(epilog=FILE_HELP)(command)
+for command in (demo, env):
+    app.command()(command)

@@ -1,0 +1,5 @@
+"""``python -m apd.cli``."""
+
+from apd.cli import app
+
+app()

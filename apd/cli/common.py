@@ -1,0 +1,121 @@
+"""What the commands share: options, checks, and one line for every error that the user can act on."""
+
+from __future__ import annotations
+
+import functools
+import io
+import sys
+import warnings
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import typer
+
+from apd.errors import DataWarning, InputError
+
+
+class Device(str, Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+DeviceOption = Annotated[Device, typer.Option(help="Where to compute; auto takes a GPU where there is one.")]
+
+
+def reported(command: Callable[..., None]) -> Callable[..., None]:
+    """Errors that the user can act on become one line: exit code 2 for wrong input, 1 for a failure on the way.
+
+    Warnings about data become one line each.
+    """
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show must not end the command
+                stream.reconfigure(errors="replace")
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", DataWarning)
+            warnings.showwarning = _data_warnings_in_one_line(warnings.showwarning)
+            try:
+                command(*args, **kwargs)
+            except BrokenPipeError:  # `apd search … | head`; typer handles it
+                raise
+            except (ImportError, OSError, ValueError) as error:
+                code = _exit_code(error)
+                if code is None:
+                    raise
+                typer.secho(f"Error: {_message(error)}", fg="red", err=True)
+                raise typer.Exit(code) from None
+
+    return run
+
+
+def _data_warnings_in_one_line(otherwise: Callable[..., None]) -> Callable[..., None]:
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, DataWarning):
+            typer.secho(f"Warning: {' '.join(str(message).split())}", fg="yellow", err=True)
+        else:
+            otherwise(message, category, filename, lineno, file, line)
+
+    return show
+
+
+def _exit_code(error: Exception) -> int | None:
+    """None for an error that is none of the user's making and deserves its traceback."""
+    if isinstance(error, InputError):
+        return 2
+    if isinstance(error, (ImportError, OSError)):
+        return 1
+    from apd_kernels import GalleryError
+
+    return 2 if isinstance(error, GalleryError) else None
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())  # one line
+
+
+def torch_device(device: Device) -> str:
+    import torch
+
+    if device is Device.auto:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no CUDA device here")
+    return device.value
+
+
+def gallery_device(device: Device) -> str | None:
+    if device is Device.cuda:
+        import faiss
+
+        if not faiss.get_num_gpus():
+            raise InputError("--device cuda: FAISS finds no GPU here")
+    return None if device is Device.auto else device.value
+
+
+def check_writable(path: Path | None, option: str) -> None:
+    """Before the work, not after it."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise InputError(f"{option} {path}: there is no folder {path.parent}")
+
+
+def check_file(path: Path | None, option: str, endings: tuple[str, ...] = ()) -> None:
+    """The name of a file that can be written, not of a folder; where `endings` are given, with one of them."""
+    if path is not None and endings and path.suffix not in endings:
+        raise InputError(f"{option} {path}: expected a name that ends in {' or '.join(endings)}")
+    check_writable(path, option)
+    if path is not None and path.is_dir():
+        raise InputError(f"{option} {path}: expected a file name, got a folder")

@@ -1,0 +1,95 @@
+"""``apd train``, ``apd synthesize``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from apd.cli.common import Device, DeviceOption, reported, torch_device
+from apd.errors import InputError
+
+
+@reported
+def train(
+    values: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Values on top of the configuration, as train.lr=0.001."),
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder of a source domain in the layout of Market-1501; give it once for each domain."),
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(help="Configuration file, or the name of one that [bold]apd config show[/bold] knows."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the run; default: runs/ and the name of the configuration.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with an interrupted run, whose folder keeps data and configuration.")
+    ] = None,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Train an APD model: MPG-Net, the images it synthesizes, SP-Net.
+
+    With perturbation=none the first two are left out, with model.ssd=none as
+    well the result is the baseline. Nothing of a target domain is looked at.
+    """
+    if resume is not None and (data or config or output or values):
+        raise InputError("--resume RUN stands alone: data and configuration are those of the run")
+    if resume is None and not data:
+        raise InputError("--data: give the folder of at least one source domain")
+    on = torch_device(device)
+    from apd.config import advice
+    from apd.config_files import load_config
+    from apd.display import console, print_written
+    from apd.run import Run
+    from apd.training.train import start_run, train_run
+
+    if resume is not None:
+        run = Run(resume)
+    else:
+        chosen = load_config(config, values or ())
+        name = Path(config).stem if config is not None else "default"
+        run = start_run(output or Path("runs") / name, chosen, data or [])
+    for line in advice(run.config):
+        console.print(f"note: {line}", soft_wrap=True)
+    train_run(run, on)
+    print_written(run.path)
+
+
+@reported
+def synthesize(
+    checkpoint: Annotated[Path, typer.Option(help="Run whose generator is taken.")],
+    data: Annotated[Path, typer.Option(help="Data set in the layout of Market-1501.")],
+    output: Annotated[Path, typer.Option(help="Folder of the new data set; images that are there are kept.")],
+    part: Annotated[
+        list[str] | None, typer.Option(help="train, query or gallery; give it once for each part. Default: train.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Write the hard-matching images that a run's generator makes of a data set.
+
+    Names, and so identities and cameras, stay. The result does not depend on
+    which images are made together; an interrupted call goes on where it was.
+    """
+    parts = part or ["train"]
+    unknown = sorted(set(parts) - {"train", "query", "gallery"})
+    if unknown:
+        raise InputError(f"--part {unknown[0]}: expected train, query or gallery")
+    on = torch_device(device)
+    from apd.data.market import read_market
+    from apd.display import print_written
+    from apd.run import Run
+    from apd.synthesis import synthesize as write_images
+
+    run = Run(checkpoint)
+    generator = run.load_generator(on)
+    folder = read_market(data, parts)
+    for name in parts:
+        write_images(generator, getattr(folder, name), name, output, run.size, device=on, workers=workers)
+    print_written(output)

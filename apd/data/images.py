@@ -1,0 +1,114 @@
+"""Reading image files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from apd.errors import InputError
+
+BACKGROUND = (255, 255, 255)  # white behind transparent pixels, as viewers show them
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP")  # named, because Pillow hands some other formats to outside programs
+MAX_PIXELS = 64 * 1024**2  # more is no picture of a person, but a file made to fill the memory
+_THREADS = min(8, os.cpu_count() or 1)
+
+
+def load_image(path: Path | str, size: tuple[int, int] | None) -> np.ndarray:
+    """Read an image file as upright 8-bit RGB.
+
+    The format is known by the content, not by the name. EXIF orientation is
+    applied, 16-bit grey scaled to 8 bits, transparency (of a palette or of an
+    alpha channel) laid over `BACKGROUND`.
+
+    Args:
+        path: a JPEG, PNG, BMP or WebP file.
+        size: (height, width) in pixels to resize to, bicubic with antialiasing as in TransReID; None: as stored.
+
+    Returns:
+        uint8 (H, W, 3).
+
+    Raises:
+        InputError: the file is missing, cut off, or no such image.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise InputError(f"{path}: expected an image of at most {MAX_PIXELS:,} pixels, got {width} × {height}")
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            rgb = _as_rgb(image)
+            if size is not None:
+                rgb = rgb.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+            return np.array(rgb)
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: expected a file, found a folder") from None
+    except PermissionError:
+        raise InputError(f"{path}: no permission to read it") from None
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more for damage
+        raise InputError(f"{path}: cannot be read as an image, or is cut off or damaged") from error
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255
+        values = np.asarray(image).astype(np.int64)
+        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        picture = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), picture).convert("RGB")
+    return image.convert("RGB")
+
+
+class ImageStore:
+    """Images of one size, by index.
+
+    Args:
+        paths: N image files.
+        size: (height, width) in pixels of every image.
+        cache: read all of them now and keep them, N × height × width × 3 bytes; otherwise each is read when asked for.
+
+    Raises:
+        InputError: with `cache`, an image cannot be read, or there is not enough memory.
+    """
+
+    def __init__(self, paths: Sequence[Path | str], size: tuple[int, int], *, cache: bool) -> None:
+        self._paths = list(paths)
+        self._size = size
+        self._images = self._read_all() if cache else None
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Image `index`, uint8 (3, H, W)."""
+        return self._read(index) if self._images is None else self._images[index]
+
+    def _read(self, index: int) -> Tensor:
+        return torch.from_numpy(load_image(self._paths[index], self._size)).permute(2, 0, 1).contiguous()
+
+    def _read_all(self) -> Tensor:
+        shape = (len(self), 3, *self._size)
+        try:
+            images = torch.empty(shape, dtype=torch.uint8)
+        except RuntimeError as error:
+            gigabytes = np.prod(shape, dtype=float) / 1e9
+            raise InputError(f"cache: no memory for {len(self):,} images, {gigabytes:.1f} GB") from error
+
+        def read(index: int) -> None:
+            images[index] = self._read(index)
+
+        with ThreadPoolExecutor(_THREADS) as pool:  # Pillow decodes and resizes outside Python's lock
+            for _ in pool.map(read, range(len(self))):
+                pass  # raises what a thread raised, and drops the images that have not begun
+        return images

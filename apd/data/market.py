@@ -1,0 +1,153 @@
+"""Data sets in the layout of Market-1501."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from apd.errors import DataWarning, InputError
+
+FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
+DISTRACTOR = 0  # identity of gallery images that match nobody, one another included
+_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp")
+_JUNK = re.compile(r"-1_")
+# <identity>_c<camera>s<sequence>_…; DukeMTMC-reID has no sequence. Digits are bounded so that they fit int32.
+_NAME = re.compile(r"(?P<pid>[0-9]{1,9})_c(?P<camid>[0-9]{1,9})(s[0-9]+)?_")
+_NAMED = 5  # files or identities that a message names
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image with its identity and camera, as the file name says them; cameras count from 1."""
+
+    path: Path
+    pid: int
+    camid: int
+
+
+@dataclass(frozen=True)
+class ReidFolder:
+    """A data set; the parts that were not read are empty."""
+
+    path: Path
+    train: tuple[Sample, ...]
+    query: tuple[Sample, ...]
+    gallery: tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Size of a part; distractors are images, but no identity."""
+
+    images: int
+    identities: int
+    cameras: int
+
+
+def count_samples(samples: Sequence[Sample]) -> Counts:
+    """Images, identities and cameras of a part."""
+    identities = {sample.pid for sample in samples} - {DISTRACTOR}
+    return Counts(len(samples), len(identities), len({sample.camid for sample in samples}))
+
+
+def read_market(
+    path: Path | str, parts: Iterable[str] = ("train", "query", "gallery"), *, strict: bool = False
+) -> ReidFolder:
+    """List the images of a data set in the layout of Market-1501 (Zheng et al. 2015).
+
+    The folders `bounding_box_train`, `query` and `bounding_box_test` (the
+    gallery) hold images named ``<identity>_c<camera>s<sequence>_….jpg`` (or
+    .jpeg, .png, .bmp). Junk images (identity −1), hidden files and folders are
+    left out silently. The images themselves are not opened.
+
+    Args:
+        path: the folder that holds the three.
+        parts: which of "train", "query" and "gallery" to read.
+        strict: refuse what is otherwise a warning.
+
+    Returns:
+        the parts, each sorted by file name.
+
+    Warns:
+        DataWarning: files with another name, and distractors (identity 0) in train, which are left out; identities
+            that are both in train and in query or gallery.
+
+    Raises:
+        InputError: a folder is missing, cannot be read, or holds no image; with `strict` also what is warned of.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise InputError(f"{root}: {'expected a folder, found a file' if root.exists() else 'no such folder'}")
+    found: dict[str, list[Sample]] = {part: [] for part in FOLDERS}
+    misnamed: list[str] = []
+    for part in dict.fromkeys(parts):
+        found[part], wrong = _read_part(root, FOLDERS[part])
+        misnamed += wrong
+    if misnamed:
+        of = "file is" if len(misnamed) == 1 else "files are"
+        expected = "<identity>_c<camera>s<sequence>_…, camera from 1"
+        _report(f"{root}: {len(misnamed)} {of} left out, not named {expected}: {_first(misnamed)}", strict)
+
+    train = [sample for sample in found["train"] if sample.pid != DISTRACTOR]
+    if len(train) < len(found["train"]):
+        distractors = len(found["train"]) - len(train)
+        of = "image of identity 0 (distractor) is" if distractors == 1 else "images of identity 0 (distractors) are"
+        _report(f"{root / FOLDERS['train']}: {distractors} {of} left out", strict)
+    found["train"] = train
+    for part in dict.fromkeys(parts):
+        if not found[part]:
+            raise InputError(f"{root / FOLDERS[part]}: no images named <identity>_c<camera>s<sequence>_….jpg")
+
+    tested = {sample.pid for sample in (*found["query"], *found["gallery"])}
+    both = sorted(tested.intersection(sample.pid for sample in train))
+    if both:
+        of = "identity is" if len(both) == 1 else "identities are"
+        _report(f"{root}: {len(both)} {of} both in train and in query or gallery: {_first(map(str, both))}", strict)
+    return ReidFolder(root, **{part: tuple(samples) for part, samples in found.items()})
+
+
+def _read_part(root: Path, folder: str) -> tuple[list[Sample], list[str]]:
+    """The images of one folder, and the files that look like images but have another name."""
+    samples, misnamed = [], []
+    for name in _image_names(root, folder):
+        match = _NAME.match(name)
+        if _JUNK.match(name):
+            continue
+        if match is None or not int(match["camid"]):
+            misnamed.append(f"{folder}/{name}")
+        else:
+            samples.append(Sample(root / folder / name, int(match["pid"]), int(match["camid"])))
+    return samples, misnamed
+
+
+def _image_names(root: Path, folder: str) -> list[str]:
+    try:
+        with os.scandir(root / folder) as entries:
+            return sorted(
+                entry.name
+                for entry in entries
+                if entry.name.lower().endswith(_ENDINGS) and not entry.name.startswith(".") and not entry.is_dir()
+            )
+    except FileNotFoundError:
+        raise InputError(
+            f"{root}: no folder {folder!r}; the layout of Market-1501 is {', '.join(FOLDERS.values())}"
+        ) from None
+    except NotADirectoryError:
+        raise InputError(f"{root / folder}: expected a folder, found a file") from None
+    except PermissionError:
+        raise InputError(f"{root / folder}: no permission to read it") from None
+
+
+def _first(items: Iterable[str]) -> str:
+    names = list(items)
+    return ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
+
+
+def _report(message: str, strict: bool) -> None:
+    if strict:
+        raise InputError(message)
+    warnings.warn(message, DataWarning, stacklevel=3)  # the line that called read_market

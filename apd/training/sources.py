@@ -1,0 +1,100 @@
+"""The training images of one or several source domains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from apd.data.market import Sample
+from apd.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Images with identities numbered through: number 7 of one domain is another person than number 7 of another."""
+
+    paths: tuple[Path, ...]
+    labels: np.ndarray  # int64 (N,), 0 … identities − 1
+    domains: np.ndarray  # int64 (N,), place of the domain in the list of sources
+    identities: int
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def with_synthesized(self, paths: Sequence[Path], train_on: str) -> Sources:
+        """The images of stage 2.
+
+        Args:
+            paths: the synthesized image of each image.
+            train_on: ``"both"``, ``"synthesized"`` or ``"original"``.
+        """
+        if train_on == "original":
+            return self
+        if train_on == "synthesized":
+            return replace(self, paths=tuple(paths))
+        return replace(
+            self,
+            paths=(*self.paths, *paths),
+            labels=np.tile(self.labels, 2),
+            domains=np.tile(self.domains, 2),
+        )
+
+
+def gather_sources(folders: Sequence[Sequence[Sample]], held_out: int, seed: int) -> tuple[Sources, list[list[Sample]]]:
+    """Number the identities of the folders, and keep some of them for validation.
+
+    Args:
+        folders: the training images of each source.
+        held_out: identities of every source that are kept from training; those drawn have images of two cameras.
+        seed: of the draw.
+
+    Returns:
+        the images to train on, and those held out of each source.
+
+    Raises:
+        InputError: a source has too few identities seen by two cameras.
+    """
+    paths: list[Path] = []
+    labels: list[int] = []
+    domains: list[int] = []
+    kept: list[list[Sample]] = []
+    identities = 0
+    for domain, samples in enumerate(folders):
+        away = _drawn(samples, held_out, np.random.default_rng((seed, domain)))
+        kept.append([sample for sample in samples if sample.pid in away])
+        train = [sample for sample in samples if sample.pid not in away]
+        numbers = {pid: identities + i for i, pid in enumerate(sorted({sample.pid for sample in train}))}
+        identities += len(numbers)
+        paths += [sample.path for sample in train]
+        labels += [numbers[sample.pid] for sample in train]
+        domains += [domain] * len(train)
+    return Sources(tuple(paths), np.array(labels, np.int64), np.array(domains, np.int64), identities), kept
+
+
+def _drawn(samples: Sequence[Sample], count: int, random: np.random.Generator) -> set[int]:
+    if not count:
+        return set()
+    cameras: dict[int, set[int]] = {}
+    for sample in samples:
+        cameras.setdefault(sample.pid, set()).add(sample.camid)
+    usable = sorted(pid for pid, seen in cameras.items() if len(seen) > 1)
+    if len(usable) <= count or len(cameras) - count < 2:
+        raise InputError(
+            f"train.validation_identities: {count} of {samples[0].path.parent}: only {len(usable)} of its "
+            f"{len(cameras)} identities are seen by two cameras"
+        )
+    return set(random.choice(usable, count, replace=False).tolist())
+
+
+def split_validation(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """Query and gallery of held-out images: an identity's first image in each camera asks, and all images answer.
+
+    The evaluation leaves out the images of the query's identity in its own camera, and with them the query itself.
+    """
+    query: dict[tuple[int, int], Sample] = {}
+    for sample in samples:
+        query.setdefault((sample.pid, sample.camid), sample)
+    return list(query.values()), list(samples)

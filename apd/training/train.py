@@ -1,0 +1,188 @@
+"""A whole training run: MPG-Net, the images it synthesizes, SP-Net, and what they reach on the sources' own tests."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from apd.config import Config
+from apd.config_files import save_config
+from apd.data.market import FOLDERS, ReidFolder, Sample, count_samples, read_market
+from apd.display import console, count
+from apd.errors import InputError
+from apd.models.spnet import build_spnet
+from apd.models.trunk import TransformerTrunk, Trunk, build_trunk, resolve_trunk
+from apd.run import CONFIG, GENERATOR, INFO, WEIGHTS, Run, update_info
+from apd.synthesis import synthesize
+from apd.training.mpg import train_mpg
+from apd.training.sources import Sources, gather_sources
+from apd.training.sp import train_sp
+from apd.training.validation import evaluate_samples
+
+BASELINE = "baseline"  # folder of the trunk's run
+SYNTHESIZED = "synthesized"
+
+
+def start_run(path: Path, config: Config, data: Sequence[Path]) -> Run:
+    """Make the folder of a new run.
+
+    Args:
+        path: the folder; it may exist, but holds no run yet.
+        config: every value.
+        data: folders of the source domains.
+
+    Raises:
+        InputError: the folder holds a run.
+    """
+    if (path / CONFIG).exists():
+        raise InputError(f"{path}: there is a run already; choose another --output, or go on with it by --resume")
+    path.mkdir(parents=True, exist_ok=True)
+    update_info(
+        path,
+        data=[str(folder.absolute()) for folder in data],
+        started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        versions={"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+    )
+    save_config(config, path / CONFIG)
+    return Run(path)
+
+
+def train_run(run: Run, device: str) -> dict[str, Any]:
+    """Train a run from where it stands to its end.
+
+    Args:
+        run: made by `start_run`; an interrupted one goes on from its last checkpoint.
+        device: ``"cpu"`` or ``"cuda"``.
+
+    Returns:
+        the contents of its run.json: seconds of each stage, results on the sources' own test images.
+
+    Raises:
+        InputError: the data or the configuration cannot be used.
+    """
+    config, path = run.config, run.path
+    folders = [_read_source(Path(folder)) for folder in run.info().get("data", [])]
+    if not folders:
+        raise InputError(f"{path / INFO}: names no data folders")
+    sources, validation = gather_sources(
+        [folder.train for folder in folders], config.train.validation_identities, config.seed
+    )
+    for folder in folders:
+        console.print(f"source {folder.path.name}: {_counts(folder.train)}")
+    if config.perturbation in ("generator", "both"):
+        if not (path / GENERATOR).is_file():
+            trunk = make_trunk(run, device)
+            console.print(f"MPG-Net: ψ and φ of {trunk.name}")
+            update_info(path, trunk=trunk.name)
+            with _timed(path, "mpg"):
+                train_mpg(path, sources, trunk, config, device)
+        with _timed(path, "synthesize"):
+            sources = _synthesized(run, folders, sources, device)
+    if not (path / WEIGHTS).is_file() or config.train.validation_identities:
+        with _timed(path, "sp"):
+            train_sp(path, sources, validation, config, device)
+    _report(run, folders, sources, device)
+    return run.info()
+
+
+def make_trunk(run: Run, device: str) -> Trunk:
+    """ψ and φ as configured; ``self`` trains the baseline first, in the run's folder ``baseline``, or takes a run's."""
+    options = run.config.mpg
+    name = resolve_trunk(options.trunk, options.trunk_weights)
+    if name != "self":
+        return build_trunk(name, options.trunk_weights)
+    if options.trunk_weights is not None:
+        baseline = Run(options.trunk_weights)
+    else:
+        path = run.path / BASELINE
+        config = replace(run.config, perturbation="none", model=replace(run.config.model, ssd="none"))
+        if not (path / CONFIG).is_file():
+            start_run(path, config, [Path(folder) for folder in run.info()["data"]])
+        baseline = Run(path)
+        train_run(baseline, device)
+    if baseline.config.model.ssd != "none" or baseline.size != run.size:
+        raise InputError(
+            f"mpg.trunk_weights: {baseline.path}: expected a baseline (model.ssd none) of {run.size[0]}×{run.size[1]} "
+            f"images, got model.ssd {baseline.config.model.ssd}, {baseline.size[0]}×{baseline.size[1]}"
+        )
+    return TransformerTrunk(baseline.load_network(), "self: the baseline, trained on the sources")
+
+
+@contextmanager
+def _timed(path: Path, stage: str) -> Iterator[None]:
+    """Add to the seconds of a stage in run.json."""
+    start = time.perf_counter()
+    yield
+    seconds = Run(path).info().get("seconds", {})
+    seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 1)
+    update_info(path, seconds=seconds)
+    console.print(f"{stage}: {seconds[stage]:.0f} s", style="dim")
+
+
+def _read_source(path: Path) -> ReidFolder:
+    """The training images, and the test images where the data set has some: they are evaluated, never trained on."""
+    tested = all((path / FOLDERS[part]).is_dir() for part in ("query", "gallery"))
+    return read_market(path, ("train", "query", "gallery") if tested else ("train",))
+
+
+def _synthesized(run: Run, folders: Sequence[ReidFolder], sources: Sources, device: str) -> Sources:
+    """Write the synthesized images into the run, and take those that the configuration asks for."""
+    config = run.config
+    if config.data.train_on == "original":
+        return sources
+    generator = run.load_generator(device)
+    new: dict[Path, Path] = {}
+    unique = len({folder.path.name for folder in folders}) == len(folders)
+    for number, folder in enumerate(folders):
+        name = folder.path.name if unique else f"{number}-{folder.path.name}"
+        made = synthesize(
+            generator,
+            folder.train,
+            "train",
+            run.path / SYNTHESIZED / name,
+            run.size,
+            device=device,
+            workers=config.data.workers,
+        )
+        new |= {sample.path: path for sample, path in zip(folder.train, made, strict=True)}
+    return sources.with_synthesized([new[path] for path in sources.paths], config.data.train_on)
+
+
+def _report(run: Run, folders: Sequence[ReidFolder], sources: Sources, device: str) -> None:
+    """Evaluate on each source's own test images, before and after the training."""
+    config = run.config
+    torch.manual_seed(config.seed)  # the weights that the training began with
+    untrained = build_spnet(config.model, run.size, sources.identities).eval().to(device)
+    trained = run.load_model(device)
+    results = {}
+    for folder in folders:
+        if not folder.query:
+            continue
+        found: dict[str, dict[str, float]] = {}
+        for name, model in (("step 0", untrained), ("end", trained)):
+            result = evaluate_samples(model, folder.query, folder.gallery, run.size, config.data.workers)
+            rank1, queries = float(result.cmc[0]), int(result.valid.sum())
+            found[name] = {"rank-1": rank1, "mAP": result.mAP, "queries": queries}
+            console.print(
+                f"{folder.path.name}, own test, {name}: rank-1 {rank1:.3f}, mAP {result.mAP:.3f} "
+                f"({count(queries, 'query', 'queries')})"
+            )
+        results[str(folder.path)] = found
+    update_info(run.path, own_test=results, finished=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+
+
+def _counts(samples: Sequence[Sample]) -> str:
+    counts = count_samples(samples)
+    return (
+        f"{count(counts.images, 'image')}, {count(counts.identities, 'identity', 'identities')}, "
+        f"{count(counts.cameras, 'camera')}"
+    )
