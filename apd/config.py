@@ -125,7 +125,9 @@ class TrainConfig:
 
     batch_size: int = _value(64, "images in a step", TRANSREID)
     instances: int = _value(4, "images of an identity in a step", TRANSREID)
-    epochs: float = _value(120.0, "length of the training in passes over the images", TRANSREID)
+    epochs: float = _value(
+        120.0, "length of the training; an epoch is as many images as there are original ones", TRANSREID
+    )
     steps: int | None = _value(None, "length of the training in steps; none: as epochs says", OURS)
     optimizer: str = _value("sgd", "sgd (momentum 0.9) or adamw", TRANSREID, choices=("sgd", "adamw"))
     lr: float = _value(0.008, "learning rate for a batch of 64; scaled with the batch size", TRANSREID)
@@ -258,6 +260,9 @@ def check(config: Config) -> None:
             raise _wrong(f"data.{side}", f"a multiple of model.patch_size ({model.patch_size})", pixels)
         if config.perturbation in ("generator", "both") and pixels % 4:
             raise _wrong(f"data.{side}", "a multiple of 4, since the generator halves images twice", pixels)
+    if config.perturbation in ("generator", "both") and min(data.height, data.width) >> mpg.discriminator_layers < 3:
+        expected = f"fewer for images of {data.height}×{data.width}: at least 3 pixels must be left"
+        raise _wrong("mpg.discriminator_layers", expected, mpg.discriminator_layers)
     if model.embed_dim is not None and model.heads is not None and model.embed_dim % model.heads:
         raise _wrong("model.embed_dim", f"a multiple of model.heads ({model.heads})", model.embed_dim)
     for size in ("patch_size", "embed_dim", "depth", "heads"):

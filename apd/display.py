@@ -33,10 +33,10 @@ def count(number: int, noun: str, plural: str | None = None) -> str:
 
 def _contents(rows: FeatureSet) -> str:
     parts = [count(len(rows), "image")]
-    if rows.pids is not None:
-        parts.append(count(len(np.unique(rows.pids)), "identity", "identities"))
-    if rows.camids is not None:
-        parts.append(count(len(np.unique(rows.camids)), "camera"))
+    for values, noun, plural in ((rows.pids, "identity", "identities"), (rows.camids, "camera", "cameras")):
+        known = np.empty(0) if values is None else values[values != -1]
+        if len(known):
+            parts.append(count(len(np.unique(known)), noun, plural))
     return f"{', '.join(parts)}; {rows.path.name}, {rows.rows}"
 
 
@@ -123,8 +123,8 @@ def print_lists(lists: RankedLists, gallery: Gallery, show: int) -> None:
     console.print()
     if query.pids is not None and (query.pids != -1).any():
         right = (lists.found.ids[:, 0].numpy() == query.pids) & (query.pids != -1)
-        of = count(len(query), "query", "queries")
-        console.print(f"{int(right.sum()):,} of {of} have an image of their identity at rank 1")
+        of = count(int((query.pids != -1).sum()), "query", "queries")
+        console.print(f"{int(right.sum()):,} of {of}: an image of the same identity at rank 1")
     if show < len(query):
         more = "--show prints more, --output writes all of them"
         console.print(f"lists of {min(show, len(query)):,} of {count(len(query), 'query', 'queries')} shown; {more}")

@@ -69,7 +69,7 @@ def _draw(
     try:
         image = Image.fromarray(load_image(path, None))
     except InputError:
-        text = "\n".join(wrap(name, 15)[: height // _LINE])
+        text = "\n".join(wrap(name, 13)[: height // _LINE])
         draw.multiline_text((left + _FRAME + 3, top + _FRAME + 3), text, _INK, font)
     else:
         scale = min(width / image.width, height / image.height)

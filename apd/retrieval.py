@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from apd.data.market import _NAME
+from apd.data.market import _NAME, DISTRACTOR
 from apd.errors import InputError
 from apd.extraction import Extractor, extract, load_extractor
 from apd.features import FeatureSet
@@ -80,9 +80,10 @@ def describe_queries(extractor: Extractor, images: Sequence[Path], pid: int | No
     """
     matches = [_NAME.match(image.name) for image in images]
     labels = [(-1, -1) if match is None else (int(match["pid"]), int(match["camid"])) for match in matches]
+    labels = [(-1 if found == DISTRACTOR else found, cam) for found, cam in labels]  # a distractor is nobody
     return FeatureSet(
         path=images[0],
-        rows=f"{len(images)} of --query",
+        rows="an image" if len(images) == 1 else f"the first of {len(images)} images",
         features=extract(extractor, images),
         names=np.array([str(image) for image in images]),
         pids=np.array([found if pid is None else pid for found, _ in labels], np.int32),

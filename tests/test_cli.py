@@ -17,29 +17,13 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("faiss")
 
-from typer.testing import CliRunner
+from command_line import error as _error
+from command_line import run as _run
 
-from apd.cli import app
 from apd.files import write_text
 from apd_kernels import Gallery
 
-COMMANDS = ("evaluate", "index", "search", "demo", "env")
-
-
-def _run(*arguments: object, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "120"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result.output
-
-
-def _error(*arguments: object, code: int = 2) -> str:
-    """The one line that a failing command prints."""
-    lines = _run(*arguments, code=code).splitlines()
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("Error: ")
-    return lines[0]
+COMMANDS = ("extract", "evaluate", "index", "search", "demo", "env")
 
 
 def _arrays(n: int = 90, dim: int = 12, seed: int = 0) -> dict[str, np.ndarray]:

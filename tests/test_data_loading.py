@@ -207,7 +207,7 @@ def _batches(
     store: ImageStore, start: int = 0, stop: int = 6, workers: int = 0, seed: int = 0, sampler_seed: int = 0
 ) -> list[tuple[Tensor, Tensor]]:
     sampler = PKSampler(LABELS, 8, 2, seed=sampler_seed)
-    batches = training_batches(store, LABELS, sampler, TRANSFORM, seed=seed, start=start, stop=stop, workers=workers)
+    batches = training_batches(store, sampler, TRANSFORM, seed=seed, start=start, stop=stop, workers=workers)
     return [(images, indices) for images, indices in batches]
 
 
@@ -261,7 +261,7 @@ class _SameImage:
 def test_augmentation_is_of_seed_step_and_place(store: ImageStore) -> None:
     def augmented(seed: int, start: int = 0) -> list[Tensor]:
         batches = training_batches(
-            store, LABELS, _SameImage(), ShiftedCrop(12), seed=seed, start=start, stop=start + 3, workers=0
+            store, _SameImage(), ShiftedCrop(12), seed=seed, start=start, stop=start + 3, workers=0
         )
         return [image for images, _ in batches for image in images]
 
@@ -272,7 +272,7 @@ def test_augmentation_is_of_seed_step_and_place(store: ImageStore) -> None:
     assert sum(torch.equal(a, b) for a, b in zip(images, augmented(1), strict=True)) < 3
     # What else is in the batch makes none.
     sampler = PKSampler(LABELS, 8, 2, seed=0)
-    mixed = training_batches(store, LABELS, sampler, ShiftedCrop(12), seed=0, start=0, stop=3, workers=0)
+    mixed = training_batches(store, sampler, ShiftedCrop(12), seed=0, start=0, stop=3, workers=0)
     for step, (batch, indices) in enumerate(mixed):
         for place, index in enumerate(indices.tolist()):
             if index == 5:
@@ -294,13 +294,6 @@ def test_unreadable_image(paths: list[Path], workers: int, order: str) -> None:
     with pytest.raises(InputError) as error:
         _ = _batches(store, workers=workers) if order == "training" else list(images_in_order(store, 5, workers))
     assert str(error.value) == f"{paths[7]}: cannot be read as an image, or is cut off or damaged"
-
-
-def test_labels_of_other_images(store: ImageStore) -> None:
-    with pytest.raises(ValueError, match="labels: expected one for each of the 36 images, got 35"):
-        training_batches(
-            store, LABELS[:-1], PKSampler(LABELS, 8, 2, seed=0), TRANSFORM, seed=0, start=0, stop=1, workers=0
-        )
 
 
 @pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (7, 0), (7, 2), (36, 0), (100, 0), (100, 2)])

@@ -9,15 +9,21 @@ import typer
 
 from apd.cli.retrieval import FILE_HELP, evaluate, extract, index, search
 from apd.cli.tools import demo, env
+from apd.cli.training import show, synthesize, train
 
 app = typer.Typer(
-    help="Person re-identification: extract and evaluate features, build and search galleries.",
+    help="Person re-identification: train APD models, extract and evaluate features, build and search galleries.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+for command in (train, synthesize):
+    app.command()(command)
 for command in (extract, evaluate, index, search):
     app.command(epilog=FILE_HELP)(command)
 for command in (demo, env):
     app.command()(command)
+config = typer.Typer(help="Configurations of a training.", no_args_is_help=True)
+config.command()(show)
+app.add_typer(config, name="config")

@@ -13,6 +13,7 @@ from apd.cli.common import Device, DeviceOption, check_file, gallery_device, rep
 from apd.errors import InputError
 
 if TYPE_CHECKING:
+    from apd.data.market import ReidFolder
     from apd.extraction import Extractor
     from apd.features import FeatureSet
 
@@ -93,11 +94,13 @@ def extract(
         raise InputError(f"--part {unknown[0]}: expected train, query or gallery")
     on = torch_device(device)
     from apd import display
+    from apd.data.market import read_market
     from apd.extraction import load_extractor
     from apd.features import save_features
 
+    folder = read_market(data, parts)
     extractor = load_extractor(model, on, size=height_width, weights=weights, mean=mean, std=std, flip_test=flip_test)
-    rows = _features_of(extractor, data, parts, batch_size)
+    rows = _extracted(extractor, folder, batch_size)
     display.print_extractor(extractor.about())
     display.print_extracted(rows, absent=[] if part else [name for name in PARTS if name not in parts])
     save_features(rows, output, extractor.about())
@@ -139,6 +142,7 @@ def evaluate(
     check_file(json, "--json")
     on = torch_device(device)
     from apd import display
+    from apd.data.market import read_market
     from apd.evaluation import evaluate as evaluation_of
     from apd.features import load_features
     from apd.files import write_json
@@ -150,8 +154,9 @@ def evaluate(
             raise InputError(f"{features}: no array 'split'; without one, give two files as --query and --gallery")
         queries, images = whole.part("query"), whole.part("gallery")
     elif checkpoint is not None and data is not None:
+        folder = read_market(data, ("query", "gallery"))
         extractor = _run_extractor(checkpoint, on, flip_test)
-        whole = _features_of(extractor, data, ["query", "gallery"], batch_size)
+        whole = _extracted(extractor, folder, batch_size)
         queries, images = whole.part("query"), whole.part("gallery")
         about = {"data": str(data), **extractor.about(), "re_ranking": False}
         display.print_extractor(about)
@@ -190,6 +195,7 @@ def index(
         raise InputError("--flip-test: is for --checkpoint; features are taken as they are")
     on = torch_device(device)
     from apd import display
+    from apd.data.market import read_market
     from apd.features import load_features
     from apd.retrieval import index_features, note_run
 
@@ -199,8 +205,9 @@ def index(
     else:
         assert checkpoint is not None
         assert data is not None
+        folder = read_market(data, ("gallery",))
         extractor = _run_extractor(checkpoint, on, flip_test)
-        rows = _features_of(extractor, data, ["gallery"], batch_size).part("gallery")
+        rows = _extracted(extractor, folder, batch_size).part("gallery")
         gallery = index_features(rows, metric.value, device="cpu")
         note_run(gallery, extractor, data)
         display.print_extractor(extractor.about())
@@ -224,7 +231,7 @@ def search(
         Path | None, typer.Option(help="With --query: also draw the lists; a name that ends in .png or .jpg.")
     ] = None,
     id: Annotated[
-        int | None, typer.Option(min=0, help="Identity on --query; without it, as a Market-1501 file name says.")
+        int | None, typer.Option(min=1, help="Identity of --query; without it, as a Market-1501 file name says.")
     ] = None,
     camera: Annotated[
         int | None, typer.Option(min=1, help="Camera of --query; without it, as a Market-1501 file name says.")
@@ -303,13 +310,11 @@ def _run_extractor(run: Path, device: str, flip_test: bool) -> Extractor:
     return load_extractor(str(run), device, flip_test=flip_test)
 
 
-def _features_of(extractor: Extractor, data: Path, parts: list[str], batch_size: int) -> FeatureSet:
-    """Extracted with a progress bar."""
+def _extracted(extractor: Extractor, folder: ReidFolder, batch_size: int) -> FeatureSet:
+    """With a progress bar."""
     from apd import display
-    from apd.data.market import read_market
     from apd.extraction import extract_folder
 
-    folder = read_market(data, parts)
-    total = sum(len(getattr(folder, part)) for part in parts)
+    total = sum(len(getattr(folder, part)) for part in PARTS)
     with display.progress("images", total) as advance:
         return extract_folder(extractor, folder, batch_size=batch_size, advance=advance)

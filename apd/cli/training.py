@@ -1,4 +1,4 @@
-"""``apd train``, ``apd synthesize``."""
+"""The commands ``train``, ``synthesize`` and ``config show``."""
 
 from __future__ import annotations
 
@@ -93,3 +93,17 @@ def synthesize(
     for name in parts:
         write_images(generator, getattr(folder, name), name, output, run.size, device=on, workers=workers)
     print_written(output)
+
+
+@reported
+def show(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME|FILE]", help="cpu, demo, market or a YAML file; without it the defaults."),
+    ] = None,
+) -> None:
+    """Every value, its meaning, and where its default comes from: the paper, TransReID, or ours."""
+    from apd.config_display import print_config
+    from apd.config_files import load_config
+
+    print_config(load_config(name), name)

@@ -26,7 +26,7 @@ class Batch(NamedTuple):
     indices: Tensor  # int64 (B,), rows of the store
 
 
-class ShiftedCrop(v2.Transform):
+class ShiftedCrop:
     """Zero padding on all four sides and a random crop of the image's own size.
 
     Args:
@@ -34,17 +34,17 @@ class ShiftedCrop(v2.Transform):
     """
 
     def __init__(self, pad: int) -> None:
-        super().__init__()
         self.pad = pad
 
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+    def __call__(self, image: Tensor) -> Tensor:
         top, left = torch.randint(-self.pad, self.pad + 1, (2,)).tolist()
-        return {"top": top, "left": left}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        height, width = v2.functional.get_size(inpt)
         # What lies outside the image is zero: no padded copy is needed.
-        return v2.functional.crop(inpt, params["top"], params["left"], height, width)
+        return v2.functional.crop(image, top, left, *image.shape[-2:])
+
+
+def as_floats(images: Tensor) -> Tensor:
+    """From uint8 to float32 in [0, 1], any shape."""
+    return v2.functional.to_dtype(images, torch.float32, scale=True)
 
 
 def training_transform(flip: float, pad: int, erasing: float, fill: Sequence[float]) -> Callable[[Tensor], Tensor]:
@@ -59,19 +59,14 @@ def training_transform(flip: float, pad: int, erasing: float, fill: Sequence[flo
     Returns:
         a function from uint8 (3, H, W) to float32 (3, H, W) in [0, 1].
     """
+    # Two plain calls: v2.ToDtype takes 32 µs where its function takes 11 (128×64, one CPU core).
     return v2.Compose(
-        [
-            v2.RandomHorizontalFlip(flip),
-            ShiftedCrop(pad),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.RandomErasing(erasing, value=list(fill)),
-        ]
+        [v2.RandomHorizontalFlip(flip), ShiftedCrop(pad), as_floats, v2.RandomErasing(erasing, value=list(fill))]
     )
 
 
 def training_batches(
     store: ImageStore,
-    labels: Sequence[int] | np.ndarray | Tensor,
     sampler: BatchOrder,
     transform: Callable[[Tensor], Tensor],
     *,
@@ -88,7 +83,6 @@ def training_batches(
 
     Args:
         store: the images.
-        labels: identity of each image of the store, (N,); the sampler's.
         sampler: which images are in a batch.
         transform: as `training_transform`; its random numbers must come from torch.
         seed: not negative.
@@ -98,8 +92,6 @@ def training_batches(
     Raises:
         InputError: an image cannot be read.
     """
-    if len(labels) != len(store):
-        raise ValueError(f"labels: expected one for each of the {len(store)} images, got {len(labels)}")
     steps = enumerate(islice(sampler.batches(start), stop - start), start)
     keys = (list(zip(batch, _seeds(seed, step, len(batch)), strict=True)) for step, batch in steps)
     return _loaded(_Augmented(store, transform), keys, workers)
@@ -158,7 +150,7 @@ class _Plain(Dataset[Any]):
             images = torch.stack([self.store[index] for index in indices])
         except InputError as error:
             return error
-        return v2.functional.to_dtype(images, torch.float32, scale=True)
+        return as_floats(images)
 
 
 def _loaded(dataset: Dataset[Any], keys: Iterable[Any], workers: int) -> Iterator[Any]:

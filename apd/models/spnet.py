@@ -214,7 +214,9 @@ def build_spnet(config: ModelConfig, size: tuple[int, int], num_classes: int, *,
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"model.backbone: {config.backbone} cannot be made with {options}: {error}") from error
+        raise InputError(
+            f"model.backbone: expected a vision transformer that takes {options}, got {config.backbone}: {error}"
+        ) from error
     if not isinstance(vit, timm.models.VisionTransformer) or vit.cls_token is None:
         raise InputError(f"model.backbone: expected a vision transformer with a class token, got {config.backbone}")
     if load and config.pretrained not in ("timm", "none"):

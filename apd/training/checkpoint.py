@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 import re
 import warnings
 import zipfile
@@ -50,16 +49,25 @@ def load_checkpoint(run: Path, stage: str) -> dict[str, Any] | None:
     """
     found = _checkpoints(run, stage)
     for step, path in found:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError):
-            state = None
-        if isinstance(state, dict) and (state.get("stage"), state.get("step")) == (stage, step):
+        state = _read(path)
+        if state is not None and (state.get("stage"), state.get("step")) == (stage, step):
             return state
         warnings.warn(f"{path}: a damaged checkpoint; the one before it is used", DataWarning, stacklevel=2)
     if found:
         raise InputError(f"{run / FOLDER}: all checkpoints of stage {stage} are damaged; remove them to begin it again")
     return None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A checkpoint, or None where it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if archive.testzip() is not None:
+                return None
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # PyTorch's unpickler may raise anything, IndexError for one
+        return None
+    return state if isinstance(state, dict) else None
 
 
 def remove_checkpoints(run: Path, stage: str) -> None:

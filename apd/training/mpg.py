@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
 
 from apd.config import Config, MPGConfig
 from apd.data.images import ImageStore
-from apd.data.loading import images_in_order, training_batches
+from apd.data.loading import as_floats, images_in_order, training_batches
 from apd.errors import InputError
 from apd.models.mpgnet import Discriminator, Generator, discriminator_loss, generator_losses
 from apd.models.trunk import Trunk
@@ -151,9 +150,8 @@ def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device:
     labels = torch.from_numpy(sources.labels).to(on)
     batches = training_batches(
         store,
-        sources.labels,
         sampler,
-        v2.ToDtype(torch.float32, scale=True),
+        as_floats,
         seed=config.seed,
         start=start,
         stop=options.steps,

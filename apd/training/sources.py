@@ -20,6 +20,7 @@ class Sources:
     labels: np.ndarray  # int64 (N,), 0 … identities − 1
     domains: np.ndarray  # int64 (N,), place of the domain in the list of sources
     identities: int
+    originals: int  # images of an epoch: a run with synthesized images takes as many steps as one without
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -71,7 +72,7 @@ def gather_sources(folders: Sequence[Sequence[Sample]], held_out: int, seed: int
         paths += [sample.path for sample in train]
         labels += [numbers[sample.pid] for sample in train]
         domains += [domain] * len(train)
-    return Sources(tuple(paths), np.array(labels, np.int64), np.array(domains, np.int64), identities), kept
+    return Sources(tuple(paths), np.array(labels, np.int64), np.array(domains, np.int64), identities, len(paths)), kept
 
 
 def _drawn(samples: Sequence[Sample], count: int, random: np.random.Generator) -> set[int]:

@@ -90,15 +90,14 @@ def train_sp(run: Path, sources: Sources, validation: list[list[Sample]], config
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(checkpoint["scaler"])
 
-    epoch = len(sources) / options.batch_size  # in steps
-    steps = total_steps(options, len(sources))
+    epoch = sources.originals / options.batch_size  # in steps
+    steps = total_steps(options, sources.originals)
     warmup, ramp = options.warmup_epochs * epoch, config.loss.ramp_epochs * epoch
     held_out = [split_validation(samples) for samples in validation if samples]
     validation_steps = max(1, round(options.validation_epochs * epoch))
     labels = torch.from_numpy(sources.labels)
     batches = training_batches(
         ImageStore(sources.paths, size, cache=config.data.cache),
-        sources.labels,
         PKSampler(sources.labels, options.batch_size, options.instances, seed=config.seed),
         training_transform(config.data.flip, config.data.pad, config.data.erasing, model.mean_colour),
         seed=config.seed,

@@ -41,10 +41,15 @@ def start_run(path: Path, config: Config, data: Sequence[Path]) -> Run:
         data: folders of the source domains.
 
     Raises:
-        InputError: the folder holds a run.
+        InputError: the folder holds a run, or a source has no training images.
     """
     if (path / CONFIG).exists():
         raise InputError(f"{path}: there is a run already; choose another --output, or go on with it by --resume")
+    for folder in data:
+        if not (folder / FOLDERS["train"]).is_dir():
+            raise InputError(
+                f"{folder}: no folder {FOLDERS['train']}: expected a data set in the layout of Market-1501"
+            )
     path.mkdir(parents=True, exist_ok=True)
     update_info(
         path,

@@ -1,0 +1,377 @@
+"""Training from images to a run folder: what is written, what a restart gives, what goes wrong and how it says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("timm")
+pytest.importorskip("accelerate")
+pytest.importorskip("typer")
+
+from command_line import error, run
+
+from apd.config import Config, TrainConfig
+from apd.config_files import load_config, save_config
+from apd.data.market import Sample
+from apd.errors import DataWarning, InputError
+from apd.run import Run
+from apd.training.checkpoint import load_checkpoint, save_checkpoint
+from apd.training.log import read_metrics
+from apd.training.sources import gather_sources, split_validation
+from apd.training.sp import rate, total_steps
+from apd.training.train import start_run, train_run
+
+TINY = (
+    *("data.height=32", "data.width=16", "data.pad=2", "data.workers=0", "data.cache=true"),
+    *("mpg.steps=4", "mpg.batch_size=4", "mpg.negatives=2", "mpg.width=4", "mpg.blocks=1", "mpg.trunk=self"),
+    *("mpg.discriminator_width=4", "mpg.discriminator_layers=2"),
+    *("model.backbone=vit_tiny_patch16_224", "model.pretrained=none", "model.patch_size=8", "model.embed_dim=24"),
+    *("model.depth=2", "model.heads=2", "train.batch_size=8", "train.instances=2", "train.steps=4"),
+    *("train.optimizer=adamw", "train.lr=0.0005", "train.warmup_epochs=1", "train.bias_lr=1"),
+    *("loss.ramp_epochs=1", "log_steps=2", "checkpoint_minutes=0.00001"),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The networks are tiny: more threads wait for one another, and sums in another order are other bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8 identities × 2 cameras × 2 images of their own colours to train on, and 4 others to test on."""
+    folder, random = tmp_path_factory.mktemp("data") / "drawn", np.random.default_rng(0)
+    for pid in range(1, 13):
+        colour = random.integers(40, 215, 3)
+        for camera in (1, 2):
+            for frame in (1, 2):
+                part = "bounding_box_train" if pid <= 8 else ("query", "bounding_box_test")[frame - 1]
+                (folder / part).mkdir(parents=True, exist_ok=True)
+                pixels = colour + random.integers(-40, 40, (32, 16, 3)) + 10 * camera
+                image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+                image.save(folder / part / f"{pid:04d}_c{camera}s1_{frame:06d}_00.png")
+    return folder
+
+
+def trained(path: Path, data: Path, *changes: str) -> Run:
+    made = start_run(path, load_config(None, [*TINY, *changes]), [data])
+    train_run(made, "cpu")
+    return made
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Run:
+    return trained(tmp_path_factory.mktemp("runs") / "whole", data)
+
+
+def test_run_folder(whole: Run, data: Path) -> None:
+    path = whole.path
+    assert Run(path).config == load_config(None, TINY)
+    rows = read_metrics(path / "metrics.csv")
+    assert [(row["stage"], row["step"]) for row in rows] == [("mpg", "2"), ("mpg", "4"), ("sp", "2"), ("sp", "4")]
+    for row in rows:
+        names = ("loss_g", "loss_d", "loss_mp", "loss_c", "loss_s", "flipped")
+        names = names if row["stage"] == "mpg" else ("loss", "loss_k", "loss_nk", "loss_kp", "accuracy", "lr")
+        assert all(np.isfinite(float(row[name])) for name in names)
+    assert list((path / "tensorboard" / "mpg").iterdir())
+    assert list((path / "tensorboard" / "sp").iterdir())
+    assert (path / "baseline" / "best.safetensors").is_file()  # trunk: self
+    assert not list(path.rglob(".*.tmp"))
+    synthesized = sorted((path / "synthesized" / "drawn" / "bounding_box_train").iterdir())
+    originals = sorted((data / "bounding_box_train").iterdir())
+    assert [file.stem for file in synthesized] == [file.stem for file in originals]
+    info = whole.info()
+    assert info["data"] == [str(data)]
+    assert set(info["seconds"]) == {"mpg", "synthesize", "sp"}
+    (own,) = info["own_test"].values()
+    assert own["end"]["queries"] == 8
+    assert 0 <= own["step 0"]["rank-1"] <= 1
+    descriptors = whole.load_model()(torch.rand(3, 3, 32, 16))
+    torch.testing.assert_close(descriptors.norm(dim=1), torch.ones(3))
+
+
+def test_training_on_both_takes_the_steps_of_the_originals(whole: Run, data: Path) -> None:
+    """An epoch counts original images, so that a run with synthesized ones is trained no longer."""
+    row = read_metrics(whole.path / "metrics.csv")[-1]
+    assert float(row["epoch"]) == pytest.approx(4 * 8 / 32)
+    assert total_steps(TrainConfig(epochs=2.0, batch_size=8), 32) == 8
+    assert total_steps(TrainConfig(epochs=2.0, batch_size=8, steps=5), 32) == 5
+
+
+def _weights(path: Path) -> dict[str, torch.Tensor]:
+    from apd.run import load_tensors
+
+    return load_tensors(path)
+
+
+def _same_results(one: Path, other: Path) -> None:
+    """The same bits: losses, generator, synthesized images and network."""
+    for name in ("best.safetensors", "generator.safetensors"):
+        first, second = _weights(one / name), _weights(other / name)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first), name
+    ours, theirs = ([dict(row, seconds="") for row in read_metrics(p / "metrics.csv")] for p in (one, other))
+    assert ours == theirs
+    for file in (one / "synthesized").rglob("*.jpg"):
+        assert file.read_bytes() == (other / file.relative_to(one)).read_bytes()
+
+
+_INTERRUPTED = """
+import sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+from apd.run import Run
+from apd.training.train import train_run
+train_run(Run(sys.argv[1]), "cpu")
+"""
+
+
+@pytest.mark.parametrize("moment", ["mpg-00000002.pt", "sp-00000002.pt"])
+def test_killed_run_goes_on_to_the_same_bits(
+    tmp_path: Path, whole: Run, data: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed with SIGKILL as soon as the named checkpoint is there, and resumed."""
+    path = tmp_path / "killed"
+    killed = start_run(path, whole.config, [data])
+    shutil.copytree(whole.path / "baseline", path / "baseline")  # the trunk's own training is not the point
+    process = subprocess.Popen([sys.executable, "-c", _INTERRUPTED, str(path)], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (path / "last" / moment).is_file():
+        assert process.poll() is None or (path / "last" / moment).is_file()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    train_run(killed, "cpu")
+    _same_results(path, whole.path)
+
+
+def test_resumed_in_the_middle_of_a_stage(tmp_path: Path, whole: Run, data: Path) -> None:
+    """From the checkpoint of step 2, without the one of step 4, on the command line."""
+    path = tmp_path / "resumed"
+    shutil.copytree(whole.path, path)
+    (path / "best.safetensors").unlink()
+    (path / "last" / "sp-00000004.pt").unlink()
+    assert "wrote" in run("train", "--resume", path, "--device", "cpu")
+    _same_results(path, whole.path)
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, "sp", 2, {"x": torch.arange(3)})
+    path = save_checkpoint(tmp_path, "sp", 4, {"x": torch.arange(4)})
+    save_checkpoint(tmp_path, "mpg", 9, {})
+    assert load_checkpoint(tmp_path, "sp")["step"] == 4
+    whole = path.read_bytes()
+    for content in (
+        whole[: len(whole) // 2],
+        b"",
+        b"text",
+        whole.replace(b"\x03\0\0\0\0\0\0\0", b"\x07\0\0\0\0\0\0\0"),
+    ):
+        path.write_bytes(content)
+        with pytest.warns(DataWarning, match=path.name):
+            found = load_checkpoint(tmp_path, "sp")
+        assert found["step"] == 2
+        assert found["x"].tolist() == [0, 1, 2]
+    (tmp_path / "last" / "sp-00000002.pt").write_bytes(b"")
+    with pytest.warns(DataWarning), pytest.raises(InputError, match="all checkpoints of stage sp are damaged"):
+        load_checkpoint(tmp_path, "sp")
+    assert load_checkpoint(tmp_path, "none") is None
+
+
+def test_two_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 10):
+        save_checkpoint(tmp_path, "sp", step, {})
+    assert sorted(file.name for file in (tmp_path / "last").iterdir()) == ["sp-00000002.pt", "sp-00000010.pt"]
+
+
+def test_learns_to_tell_identities_apart(tmp_path: Path, data: Path) -> None:
+    """60 steps on 8 identities in their own colours."""
+    made = trained(
+        tmp_path / "run",
+        data,
+        *("perturbation=none", "train.steps=60", "train.batch_size=16", "train.lr=0.02"),
+        *("data.erasing=0", "model.drop_path=0"),
+    )
+    rows = read_metrics(made.path / "metrics.csv")
+    assert float(rows[-1]["loss_k"]) < 0.3 * float(rows[0]["loss_k"])
+    assert float(rows[-1]["accuracy"]) == 1
+
+
+@pytest.mark.parametrize("perturbation", ["latent", "both"])
+def test_latent_perturbation(tmp_path: Path, whole: Run, data: Path, perturbation: str) -> None:
+    changes = [f"perturbation={perturbation}", f"mpg.trunk_weights={whole.path / 'baseline'}"]
+    made = trained(tmp_path / "run", data, *changes)
+    rows = read_metrics(made.path / "metrics.csv")
+    assert float(rows[-1]["loss_latent"]) > 0
+    assert (made.path / "generator.safetensors").is_file() == (perturbation == "both")
+    assert not (made.path / "baseline").exists()
+
+
+@pytest.mark.parametrize("train_on", ["original", "synthesized"])
+def test_images_of_stage_2(
+    tmp_path: Path, whole: Run, data: Path, train_on: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from apd.training import train as module
+
+    seen = []
+    monkeypatch.setattr(module, "train_sp", lambda run, sources, *rest: seen.append(sources))
+    monkeypatch.setattr(module, "_report", lambda *rest: None)
+    made = start_run(tmp_path / "run", load_config(None, [*TINY, f"data.train_on={train_on}"]), [data])
+    shutil.copy(whole.path / "generator.safetensors", made.path)
+    train_run(made, "cpu")
+    assert len(seen[0].paths) == 32
+    assert all((made.path in path.parents) == (train_on == "synthesized") for path in seen[0].paths)
+
+
+def test_validation_chooses_the_weights(tmp_path: Path, data: Path) -> None:
+    changes = ["perturbation=none", "model.ssd=none", "train.validation_identities=2", "train.validation_epochs=0.5"]
+    made = trained(tmp_path / "run", data, *changes, "train.steps=8", "train.lr=0.01")
+    scores = {
+        int(row["step"]): float(row["validation_map"])
+        for row in read_metrics(made.path / "metrics.csv")
+        if row["validation_map"]
+    }
+    assert len(scores) > 2
+    assert len(_weights(made.path / "best.safetensors")["heads.classifier.weight"]) == 6  # 8 − 2 identities
+    sources, (held_out,) = gather_sources([_samples(data)], 2, 0)
+    assert not {sample.path for sample in held_out} & set(sources.paths)
+    from apd.training.validation import evaluate_samples
+
+    found = evaluate_samples(made.load_network(), *split_validation(held_out), (32, 16), 0)
+    assert found.mAP == pytest.approx(max(scores.values()), abs=1e-6)
+
+
+def _samples(data: Path) -> tuple[Sample, ...]:
+    from apd.data.market import read_market
+
+    return read_market(data, ("train",)).train
+
+
+def test_two_sources(tmp_path: Path, data: Path, whole: Run) -> None:
+    """The same number is another person in another domain; folders of one name stay apart."""
+    other = tmp_path / "elsewhere" / "drawn"
+    shutil.copytree(data, other)
+    config = load_config(None, [*TINY, f"mpg.trunk_weights={whole.path / 'baseline'}"])
+    made = start_run(tmp_path / "run", config, [data, other])
+    train_run(made, "cpu")
+    assert len(_weights(made.path / "best.safetensors")["heads.classifier.weight"]) == 16
+    assert sorted(path.name for path in (made.path / "synthesized").iterdir()) == ["0-drawn", "1-drawn"]
+    sources, _ = gather_sources([_samples(data), _samples(other)], 0, 0)
+    assert sources.labels.max() == 15
+    assert (sources.labels[sources.domains == 1] >= 8).all()
+
+
+def test_validation_needs_two_cameras() -> None:
+    samples = [
+        Sample(Path(f"{pid}_{camera}"), pid, camera) for pid in range(5) for camera in (1, 2) if pid or camera == 1
+    ]
+    _, (held_out,) = gather_sources([samples], 2, 0)
+    assert 0 not in {sample.pid for sample in held_out}
+    with pytest.raises(InputError, match="only 4 of its 5 identities are seen by two cameras"):
+        gather_sources([samples], 4, 0)
+
+
+def test_rate() -> None:
+    rates = [rate(step, 10, 110) for step in range(110)]
+    assert rates[:3] == pytest.approx([0.1, 0.2, 0.3])
+    assert max(rates) == rates[9] == rates[10] == 1
+    assert rates[60] == pytest.approx(0.5)
+    assert rates[-1] < 0.001
+    assert rate(0, 0, 10) == 1
+
+
+def test_diverged_training_is_stopped(tmp_path: Path, data: Path) -> None:
+    with pytest.raises(InputError, match=r"sp: loss.* is nan in the 2 steps before step"):
+        trained(tmp_path / "run", data, "perturbation=none", "train.lr=1e30", "train.warmup_epochs=0")
+
+
+def test_errors(tmp_path: Path, whole: Run, data: Path) -> None:
+    assert "--data" in error("train")
+    assert "did you mean train.lr" in error("train", "--data", data, "train.lrr=1")
+    assert "bounding_box_train" in error("train", "--data", tmp_path, "--output", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert "there is a run already" in error("train", "--data", data, "--output", whole.path)
+    assert "stands alone" in error("train", "--resume", whole.path, "train.lr=1")
+    assert "not the folder of a run" in error("train", "--resume", tmp_path)
+    (tmp_path / "cut").mkdir()
+    for name in ("config.yaml", "run.json"):
+        shutil.copy(whole.path / name, tmp_path / "cut")
+    for name in ("best.safetensors", "generator.safetensors"):
+        (tmp_path / "cut" / name).write_bytes((whole.path / name).read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"best\.safetensors: not a \.safetensors file, or cut off"):
+        Run(tmp_path / "cut").load_model()
+    with pytest.raises(InputError, match=r"generator\.safetensors: not a \.safetensors file"):
+        Run(tmp_path / "cut").load_generator()
+    config = replace(whole.config, model=replace(whole.config.model, embed_dim=36))
+    shutil.copy(whole.path / "best.safetensors", tmp_path / "cut")
+    save_config(config, tmp_path / "cut" / "config.yaml")
+    other = Run(tmp_path / "cut")
+    with pytest.raises(InputError, match="do not fit"):
+        other.load_model()
+
+
+def test_too_few_identities(tmp_path: Path, data: Path) -> None:
+    config = load_config(None, [*TINY, "perturbation=none", "train.batch_size=64", "train.instances=2"])
+    with pytest.raises(InputError, match="at least 32 identities"):
+        train_run(start_run(tmp_path / "run", config, [data]), "cpu")
+
+
+def test_trunk_must_be_a_baseline(tmp_path: Path, whole: Run, data: Path) -> None:
+    config = load_config(None, [*TINY, f"mpg.trunk_weights={whole.path}"])
+    with pytest.raises(InputError, match=r"mpg\.trunk_weights: .*expected a baseline"):
+        train_run(start_run(tmp_path / "run", config, [data]), "cpu")
+
+
+def test_synthesize(tmp_path: Path, whole: Run, data: Path) -> None:
+    """All parts, the same files again, and those of an interrupted call kept."""
+    output = tmp_path / "new"
+    parts = [option for part in ("train", "query", "gallery") for option in ("--part", part)]
+    arguments = ("synthesize", "--checkpoint", whole.path, "--data", data, "--output", output, *parts)
+    assert f"wrote {output}" in run(*arguments)
+    files = sorted(output.rglob("*.jpg"))
+    assert len(files) == 32 + 8 + 8
+    made = {file: file.read_bytes() for file in files}
+    for file in files[::3]:
+        file.unlink()
+    files[1].write_bytes(b"kept")
+    run(*arguments)
+    assert files[1].read_bytes() == b"kept"
+    assert all(file.read_bytes() == made[file] for file in files if file != files[1])
+    with Image.open(files[0]) as image:
+        assert image.size == (16, 32)
+    assert "train, query or gallery" in error(*arguments, "--part", "test")
+
+
+def test_config_show() -> None:
+    assert "train.lr" in run("config", "show", "cpu")
+
+
+def test_run_information_is_valid_json(whole: Run) -> None:
+    info = json.loads((whole.path / "run.json").read_text())
+    assert info["versions"]["torch"] == torch.__version__
+    assert info["trunk"].startswith("self")
+
+
+def test_default_configuration_is_the_papers() -> None:
+    config = Config()
+    assert (config.mpg.weight_mp, config.mpg.weight_s, config.mpg.weight_c) == (2.0, 1.0, 1.0)
+    assert (config.loss.weight_k, config.loss.weight_nk, config.loss.weight_kp) == (1.0, 0.5, 0.1)
