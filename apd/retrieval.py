@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from apd.data.market import _NAME, DISTRACTOR
+from apd.data.market import DISTRACTOR, label_of
 from apd.errors import InputError
 from apd.extraction import Extractor, extract, load_extractor
 from apd.features import FeatureSet
@@ -78,8 +78,7 @@ def describe_queries(extractor: Extractor, images: Sequence[Path], pid: int | No
         images: the files.
         pid, camera: of every image; None: as its file name says in the manner of Market-1501, or else unknown (−1).
     """
-    matches = [_NAME.match(image.name) for image in images]
-    labels = [(-1, -1) if match is None else (int(match["pid"]), int(match["camid"])) for match in matches]
+    labels = [label_of(image.name) or (-1, -1) for image in images]
     labels = [(-1 if found == DISTRACTOR else found, cam) for found, cam in labels]  # a distractor is nobody
     return FeatureSet(
         path=images[0],

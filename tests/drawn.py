@@ -39,8 +39,8 @@ def write_run(path: Path, *, seed: int = 0, size: tuple[int, int] = SIZE) -> Pat
     default = Config()
     config = replace(
         default,
+        perturbation="none",
         data=replace(default.data, height=size[0], width=size[1]),
-        mpg=replace(default.mpg, discriminator_layers=1),
         model=replace(
             default.model,
             backbone="vit_tiny_patch16_224",

@@ -23,7 +23,7 @@ from command_line import run as _run
 from apd.files import write_text
 from apd_kernels import Gallery
 
-COMMANDS = ("extract", "evaluate", "index", "search", "demo", "env")
+COMMANDS = ("train", "synthesize", "config", "extract", "evaluate", "index", "search", "demo", "env")
 
 
 def _arrays(n: int = 90, dim: int = 12, seed: int = 0) -> dict[str, np.ndarray]:

@@ -48,6 +48,14 @@ class Counts:
     cameras: int
 
 
+def label_of(name: str) -> tuple[int, int] | None:
+    """(identity, camera) that the name of an image says; None where it is no such name. Identity 0 is a distractor."""
+    match = _NAME.match(name)
+    if match is None or not int(match["camid"]):
+        return None
+    return int(match["pid"]), int(match["camid"])
+
+
 def count_samples(samples: Sequence[Sample]) -> Counts:
     """Images, identities and cameras of a part."""
     identities = {sample.pid for sample in samples} - {DISTRACTOR}
@@ -114,13 +122,13 @@ def _read_part(root: Path, folder: str) -> tuple[list[Sample], list[str]]:
     """The images of one folder, and the files that look like images but have another name."""
     samples, misnamed = [], []
     for name in _image_names(root, folder):
-        match = _NAME.match(name)
         if _JUNK.match(name):
             continue
-        if match is None or not int(match["camid"]):
+        label = label_of(name)
+        if label is None:
             misnamed.append(f"{folder}/{name}")
         else:
-            samples.append(Sample(root / folder / name, int(match["pid"]), int(match["camid"])))
+            samples.append(Sample(root / folder / name, *label))
     return samples, misnamed
 
 

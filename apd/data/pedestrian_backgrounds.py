@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import pairwise
 
 from PIL import Image, ImageColor, ImageDraw, ImageFilter
 
@@ -33,7 +34,7 @@ class _Scene:
     def floor(self, colour: str, line: str | None = None, rows: int = 6, vary: float = 0.03) -> None:
         """A floor of slabs that grow larger towards the viewer; `line` is the colour of the joints."""
         edges = [self.horizon + (1 - self.horizon) * (k / rows) ** 1.7 for k in range(rows + 1)]
-        for k, (y0, y1) in enumerate(zip(edges, edges[1:], strict=False)):
+        for k, (y0, y1) in enumerate(pairwise(edges)):
             width = 0.14 + 0.05 * k
             x = -self.draw.uniform(0, width)
             while x < 2:
@@ -183,6 +184,4 @@ def background(name: str, horizon: float, height: int, seed: int) -> Image.Image
     # Out of focus and in haze, so that people stand out.
     strip = scene.image.filter(ImageFilter.GaussianBlur(height / 130))
     haze = strip.resize((1, 1), Image.Resampling.BOX).resize(strip.size).point(lambda value: 110 + value // 2)
-    return Image.blend(haze, strip, 0.4)
-
-
+    return Image.blend(haze, strip, 0.32)

@@ -281,7 +281,7 @@ def _draw_torso(sketch: _Sketch, person: Person, view: str, cloth: Colour | Imag
     sketch.add([_box(-neck, 0.83, neck, 0.89)], person.skin)
     sketch.add([_mirrored(half)], cloth)
     if view == "front" and person.top in ("jacket", "coat"):
-        sketch.add([_mirrored([(-0.045 * b, hem), (-0.026, 0.6), (-0.03, 0.862)])], person.inner)
+        sketch.add([_mirrored([(-0.03 * b, hem), (-0.022, 0.6), (-0.03, 0.862)])], person.inner)
     elif view == "front":
         sketch.add_flat([[(-0.028, 0.868), (0.028, 0.868), (0, 0.83)]], person.skin)
 
