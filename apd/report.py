@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -21,7 +21,6 @@ from PIL import Image
 from apd.comparison import Chance, Difference, Retrieval
 from apd.config import SETTINGS, Config, shown, value_of
 from apd.data.images import load_image
-from apd.display import count
 from apd.files import write_text
 from apd.retrieval import RankedLists
 
@@ -142,10 +141,12 @@ def verdict(name: str, ours: str, theirs: str, difference: Difference) -> str:
     """
     if difference.resolved:
         ahead = ours if difference.mean > 0 else theirs
-        judged = f"{ahead} is ahead by at least two standard errors"
-    else:
+        judged = f"{ahead} is ahead, by at least two standard errors"
+    elif difference.mean:
         judged = "not resolved: less than two standard errors"
-    return f"{name}, {ours} − {theirs}: {_signed(difference)} points, {judged}."
+    else:
+        judged = "no difference"
+    return f"{ours} − {theirs}, {name}: {_signed(difference)} points; {judged}."
 
 
 def results_table(chance: Chance, retrievals: Mapping[str, Retrieval], differences: Mapping[str, Difference]) -> Table:
@@ -156,7 +157,7 @@ def results_table(chance: Chance, retrievals: Mapping[str, Retrieval], differenc
         retrievals: what was measured, by the name of the ranker; the last stands out.
         differences: of rank-1 and of mAP, in this order, by their name.
     """
-    rows = [("random ranking, expected", points(chance.rank1), points(chance.mAP))]
+    rows: list[Sequence[str]] = [("random ranking, expected", points(chance.rank1), points(chance.mAP))]
     rows += [
         (name, f"{points(found.rank1)} ± {points(found.rank1_error)}", points(found.mAP))
         for name, found in retrievals.items()
@@ -295,9 +296,9 @@ def curve_plots(runs: Mapping[str, Sequence[Mapping[str, str]]]) -> list[Plot]:
     Args:
         runs: the lines of each run's metrics.csv, by its name.
     """
-    plots = []
+    plots: list[Plot] = []
     for title, curves in _PLOTS.items():
-        lines = []
+        lines: list[tuple[str, list[int], list[float]]] = []
         for curve in curves:
             for name, rows in runs.items():
                 steps = [row for row in rows if row["stage"] == curve.stage and row.get(curve.column)]
@@ -315,7 +316,7 @@ def _drawn(lines: Iterable[tuple[str, list[int], list[float]]], salt: str) -> Ma
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    style = {
+    style: dict[Any, Any] = {
         **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
         "svg.fonttype": "none",
         "svg.hashsalt": salt,  # names of clip paths: the same in every call, and others in every plot of a page
@@ -370,7 +371,7 @@ def configuration_section(configs: Mapping[str, Config]) -> Section:
         for key, setting in SETTINGS.items()
         if any(value_of(config, key) != setting.default for config in configs.values())
     ]
-    text = f"{len(rows)} of {len(SETTINGS)} values differ from their defaults in at least one run; `apd config show` explains each."
+    text = f"{len(rows)} of {len(SETTINGS)} values differ from their defaults; `apd config show` explains each."
     return Section("Configuration", [text], [Table(("key", "default", *configs), rows, numbers=False)], folded=True)
 
 
@@ -381,11 +382,3 @@ def environment_section(lines: Sequence[tuple[str, str]]) -> Section:
         lines: as of `apd.environment.describe_environment`.
     """
     return Section("Environment", [], [Table(("", ""), lines, numbers=False)], folded=True)
-
-
-def contents(query: int, gallery: int, identities: int, cameras: int) -> str:
-    """What a test consists of, in words."""
-    return (
-        f"{count(query, 'query', 'queries')} of {count(identities, 'identity', 'identities')}, "
-        f"{count(gallery, 'gallery image')}, {count(cameras, 'camera')}"
-    )

@@ -167,11 +167,12 @@ BACKGROUNDS: dict[str, Callable[[_Scene], None]] = {
 
 
 @lru_cache(maxsize=16)
-def background(name: str, horizon: float, height: int, seed: int) -> Image.Image:
+def background(name: str, haze: str, horizon: float, height: int, seed: int) -> Image.Image:
     """Draw a place.
 
     Args:
         name: a name of `BACKGROUNDS`.
+        haze: colour of the air in front of it.
         horizon: upper edge of the floor, as a share of the height.
         height: of the strip, pixels.
         seed: another seed, other details.
@@ -183,5 +184,4 @@ def background(name: str, horizon: float, height: int, seed: int) -> Image.Image
     BACKGROUNDS[name](scene)
     # Out of focus and in haze, so that people stand out.
     strip = scene.image.filter(ImageFilter.GaussianBlur(height / 130))
-    haze = strip.resize((1, 1), Image.Resampling.BOX).resize(strip.size).point(lambda value: 110 + value // 2)
-    return Image.blend(haze, strip, 0.32)
+    return Image.blend(Image.new("RGB", strip.size, haze), strip, 0.35)

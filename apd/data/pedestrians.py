@@ -32,6 +32,7 @@ class Camera:
     """Where a camera stands, what is behind the people, and what it does to colours."""
 
     background: str  # a name of pedestrian_backgrounds.BACKGROUNDS
+    haze: str  # colour of the air in front of it
     views: tuple[str, ...]  # "front", "back", "side": from where people are seen, drawn uniformly
     horizon: float  # upper edge of the floor, in image heights from the top
     scale: float  # height of a person of average height, in image heights
@@ -77,6 +78,7 @@ DOMAINS = (
         cameras=(
             Camera(
                 background="park",
+                haze="#8fc27a",
                 views=("front", "front", "front", "side"),
                 horizon=0.62,
                 scale=0.91,
@@ -93,6 +95,7 @@ DOMAINS = (
             ),
             Camera(
                 background="bricks",
+                haze="#b98a78",
                 views=("front", "front", "back", "side"),
                 horizon=0.74,
                 scale=0.87,
@@ -122,6 +125,7 @@ DOMAINS = (
         cameras=(
             Camera(
                 background="houses",
+                haze="#93a9c9",
                 views=("front", "front", "front", "side"),
                 horizon=0.7,
                 scale=0.89,
@@ -138,6 +142,7 @@ DOMAINS = (
             ),
             Camera(
                 background="road",
+                haze="#b3a489",
                 views=("front", "front", "back", "side"),
                 horizon=0.42,
                 scale=0.85,
@@ -167,6 +172,7 @@ DOMAINS = (
         cameras=(
             Camera(
                 background="shops",
+                haze="#e0b0bd",
                 views=("front", "front", "front", "side"),
                 horizon=0.68,
                 scale=0.90,
@@ -183,6 +189,7 @@ DOMAINS = (
             ),
             Camera(
                 background="hall",
+                haze="#a9c4b4",
                 views=("front", "front", "back", "side"),
                 horizon=0.3,
                 scale=0.85,
@@ -212,14 +219,15 @@ DOMAINS = (
         cameras=(
             Camera(
                 background="tunnel",
+                haze="#bfb295",
                 views=("front", "front", "front", "side"),
                 horizon=0.72,
                 scale=0.88,
                 pitch=0.04,
                 lean=0.01,
                 light=0.5,
-                gains=(1.04, 1.00, 0.93),
-                gamma=1.04,
+                gains=(1.02, 1.00, 0.96),
+                gamma=1.02,
                 contrast=0.98,
                 saturation=0.97,
                 exposure=0.04,
@@ -228,14 +236,15 @@ DOMAINS = (
             ),
             Camera(
                 background="platform",
+                haze="#a0b0b8",
                 views=("front", "front", "back", "side"),
                 horizon=0.55,
                 scale=0.90,
                 pitch=0.07,
                 lean=-0.01,
                 light=-0.7,
-                gains=(0.95, 1.01, 1.02),
-                gamma=0.97,
+                gains=(0.97, 1.01, 1.01),
+                gamma=0.98,
                 contrast=0.95,
                 saturation=0.94,
                 exposure=0.04,
@@ -319,7 +328,7 @@ def draw_person(
     person, camera = _person(domain, seed, pid), domain.cameras[camid - 1]
     draw = random.Random(f"{seed} {domain.name} {pid} {camid} {frame}")
     height, width = (SUPERSAMPLING * side for side in size)
-    strip = background(camera.background, camera.horizon, height, seed)
+    strip = background(camera.background, camera.haze, camera.horizon, height, seed)
     left = draw.randrange(strip.width - width)
     picture = strip.crop((left, 0, left + width, height))
 
