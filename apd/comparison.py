@@ -125,6 +125,19 @@ class ColourHistogram(nn.Module):
         return one_hot(codes, _BINS**3).float().mean(1).sqrt()
 
 
+def nearest_is_right(moved: Tensor, originals: Tensor, labels: Tensor) -> Tensor:
+    """Whether the nearest original of each moved image, other than its own, has its identity.
+
+    Args:
+        moved, originals: features of the same N images, (N, D).
+        labels: their identities, int64 (N,).
+
+    Returns:
+        bool (N,).
+    """
+    return labels[pairwise_distance(moved, originals).fill_diagonal_(torch.inf).argmin(1)] == labels
+
+
 class Difference(NamedTuple):
     """A mean difference of two models over the same queries."""
 

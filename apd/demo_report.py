@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from apd import report
-from apd.comparison import Chance, Difference, Retrieval, paired_difference
+from apd.comparison import Chance, Difference, Retrieval, nearest_is_right, paired_difference
 from apd.data.images import load_image
-from apd.data.market import ReidFolder, Sample, read_market
+from apd.data.market import ReidFolder, read_market
 from apd.display import count
 from apd.environment import describe_environment
 from apd.retrieval import RankedLists
 from apd.run import METRICS, Run
 from apd.synthesis import synthesized_path
 from apd.training.log import read_metrics
-from apd.training.train import SYNTHESIZED
+from apd.training.sources import gather_sources
+from apd.training.train import SYNTHESIZED, make_trunk
 
 CAVEAT = "One seed and drawn people: this shows the mechanics, it is no evidence about the method."
 _PARTS = {"mpg": "stage 1, MPG-Net", "synthesize": "synthesized images", "sp": "stage 2, SP-Net"}
 _PAIRS = 6  # synthesized images shown of each source
+_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,7 @@ def write_demo_report(path: Path, demo: Demo, commands: Sequence[str]) -> None:
             [domains_table(demo)],
         ),
         _lists_section(demo),
-        _synthesized_section(demo, metrics["APD"]),
+        _synthesized_section(demo),
         report.Section(
             "Training",
             [
@@ -180,38 +184,72 @@ def _lists_section(demo: Demo) -> report.Section:
     return report.Section("Ranked lists", [text], report.ranked_strips(demo.lists, queries, tested.folder.path, notes))
 
 
-def _synthesized_section(demo: Demo, metrics: Sequence[Mapping[str, str]]) -> report.Section:
+def _synthesized_section(demo: Demo) -> report.Section:
     groups: dict[str, list[report.Synthesized]] = {}
-    changes: list[float] = []
+    everything: list[list[report.Synthesized]] = []
     for folder in demo.sources:
-        samples = read_market(folder, ("train",)).train
-        made = [synthesized_path(demo.apd.path / SYNTHESIZED / folder.name, "train", sample) for sample in samples]
-        changes += [_change(sample, path, demo.apd.size) for sample, path in zip(samples, made, strict=True)]
-        places = np.linspace(0, len(samples) - 1, min(_PAIRS, len(samples))).astype(int).tolist()
-        groups[folder.name] = [
-            report.Synthesized(samples[i].path, made[i], (f"identity {samples[i].pid}", f"camera {samples[i].camid}"))
-            for i in places
+        made = demo.apd.path / SYNTHESIZED / folder.name
+        images = [
+            report.Synthesized(
+                sample.path,
+                synthesized_path(made, "train", sample),
+                (f"identity {sample.pid}", f"camera {sample.camid}"),
+            )
+            for sample in read_market(folder, ("train",)).train
         ]
+        everything.append(images)
+        places = np.linspace(0, len(images) - 1, min(_PAIRS, len(images))).astype(int)
+        groups[folder.name] = [images[place] for place in places]
+    flips = measure_flips(demo, [image.made for images in everything for image in images])
     text = [
-        f"Stage 2 of APD is trained on {count(len(changes), 'original')} and one synthesized image of each. They "
-        f"differ by {report.points(float(np.mean(changes)))} % of the range of brightness, on average over pixels and "
-        "channels. Shown are images at even distances in the order of file names."
+        f"Stage 2 of APD is trained on {count(flips.images, 'original')} and one synthesized image of each. They "
+        f"differ by {report.points(flips.change)} % of the range of brightness, on average over pixels and channels. "
+        "Shown are images at even distances in the order of file names.",
+        f"{flips.right:,} of the {flips.images:,} originals have an image of their identity as the nearest other one, "
+        f"by ψ, the baseline's descriptor. The nearest one is of another identity for the synthesized images of "
+        f"{flips.made:,} of these ({report.points(flips.made / max(1, flips.right))} %), and, with noise of the same "
+        f"average size instead, for {flips.noise:,} ({report.points(flips.noise / max(1, flips.right))} %).",
     ]
-    flipped = report.last_flipped(metrics)
-    if flipped is not None:
-        batches = count(flipped.lines, "batch", "batches")
-        text.append(
-            f"{report.points(flipped.share)} % flip: of the originals whose nearest other image by ψ (the baseline's "
-            "descriptor) has their identity, those whose synthesized image is nearest to another identity. Mean over "
-            f"{batches} of {demo.apd.config.mpg.batch_size} at the end of stage 1, training images."
-        )
     return report.Section("Originals and synthesized hard samples", text, report.synthesized_strips(groups))
 
 
-def _change(sample: Sample, made: Path, size: tuple[int, int]) -> float:
-    """Mean absolute difference of a synthesized image and its original, of 1."""
-    before, after = (load_image(path, size).astype(float) for path in (sample.path, made))
-    return float(np.abs(after - before).mean()) / 255
+class Flips(NamedTuple):
+    """Training images whose nearest neighbour becomes one of another identity."""
+
+    images: int
+    change: float  # mean absolute change of the synthesized images, of the range of brightness
+    right: int  # originals whose nearest other original has their identity
+    made: int  # of these, those whose synthesized image is nearest to another identity
+    noise: int  # and those whose noisy image is
+
+
+@torch.no_grad()
+def measure_flips(demo: Demo, made: Sequence[Path]) -> Flips:
+    """How many images the generator moves to another identity, by ψ; and uniform noise of as large a mean change.
+
+    Args:
+        demo: its sources and its run of APD.
+        made: the synthesized image of every training image, in the order of the sources.
+    """
+    sources, _ = gather_sources([read_market(folder, ("train",)).train for folder in demo.sources], 0, demo.seed)
+    trunk = make_trunk(demo.apd, demo.device).to(demo.device)
+
+    def read(paths: Sequence[Path]) -> Tensor:
+        images = np.stack([load_image(path, demo.apd.size) for path in paths])
+        return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+
+    def right(images: Tensor) -> Tensor:
+        deep = torch.cat([trunk(part.to(demo.device)).deep.cpu() for part in images.split(_BATCH)])
+        return nearest_is_right(deep, bank, labels)
+
+    before, after = read(sources.paths), read(made)
+    change = (after - before).abs().mean((1, 2, 3), keepdim=True)
+    noise = 2 * torch.rand(before.shape, generator=torch.Generator().manual_seed(demo.seed)) - 1
+    bank = torch.cat([trunk(part.to(demo.device)).deep.cpu() for part in before.split(_BATCH)])
+    labels = torch.from_numpy(sources.labels)
+    kept = right(before)
+    lost = [kept & ~right(images) for images in (after, (before + 2 * change * noise).clamp(0, 1))]
+    return Flips(len(made), float(change.mean()), *(int(each.sum()) for each in (kept, *lost)))
 
 
 def figures(demo: Demo) -> dict[str, Any]:

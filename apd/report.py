@@ -247,19 +247,6 @@ def synthesized_strips(groups: Mapping[str, Sequence[Synthesized]]) -> list[Stri
     ]
 
 
-class Flipped(NamedTuple):
-    """How many images the generator moved to another identity, at the end of stage 1."""
-
-    share: float
-    lines: int  # of metrics.csv that it is the mean of
-
-
-def last_flipped(rows: Sequence[Mapping[str, str]], lines: int = 10) -> Flipped | None:
-    """Mean of the column flipped over the last lines of a metrics.csv; None where it has none."""
-    values = [float(row["flipped"]) for row in rows if row.get("flipped")][-lines:]
-    return Flipped(sum(values) / len(values), len(values)) if values else None
-
-
 # Curves
 
 _INK = "#010203"  # stands for the page's colour of text until the plot is in the page
@@ -323,7 +310,7 @@ def _drawn(lines: Iterable[tuple[str, list[int], list[float]]], salt: str) -> Ma
         "font.size": 9,
     }
     with mpl.rc_context(style):
-        figure = Figure(figsize=(4.6, 2.9), layout="constrained")
+        figure = Figure(figsize=(4.6, 3.2), layout="constrained")
         axes = figure.subplots()
         for i, (label, x, y) in enumerate(lines):
             axes.plot(x, y, color=_COLOURS[i % len(_COLOURS)], linewidth=1.3, label=label)
@@ -331,7 +318,7 @@ def _drawn(lines: Iterable[tuple[str, list[int], list[float]]], salt: str) -> Ma
         axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.25, color=_INK, linewidth=0.5)
-        axes.legend(frameon=False, fontsize=8)
+        figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=8)
         content = io.StringIO()
         figure.savefig(
             content, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))

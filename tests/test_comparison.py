@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from apd.comparison import ColourHistogram, chance, paired_difference, retrieve
+from apd.comparison import ColourHistogram, chance, nearest_is_right, paired_difference, retrieve
 from apd.features import FeatureSet
 from apd_kernels import rank_metrics
 
@@ -50,7 +50,7 @@ def test_chance_is_the_mean_of_random_rankings() -> None:
             rows([1, 2, 3], [1, 1, 2], random.standard_normal((3, 16))),
             rows([1, 1, 2, 3, 3, 3, 1, 2], [2, 1, 2, 1, 1, 2, 2, 1], random.standard_normal((8, 16))),
         )
-        for _ in range(400)
+        for _ in range(200)
     ]
     expected = chance(query, gallery)
     assert np.mean([one.rank1 for one in found]) == pytest.approx(expected.rank1, abs=0.05)
@@ -104,6 +104,13 @@ def test_normalized_colours_ignore_background_and_cast() -> None:
     assert (plain(image) - plain(other)).abs().max() > 0.1
     grey = normalized(torch.full((1, 3, 4, 4), 0.5))  # no spread to divide by
     assert grey.isfinite().all()
+
+
+def test_nearest_is_right_leaves_out_the_own_original() -> None:
+    originals, labels = torch.tensor([[0.0], [1.0], [5.0], [6.0], [9.0]]), torch.tensor([0, 0, 1, 1, 2])
+    assert nearest_is_right(originals, originals, labels).tolist() == [True, True, True, True, False]
+    moved = torch.tensor([[0.1], [4.0], [5.0], [8.0], [9.0]])
+    assert nearest_is_right(moved, originals, labels).tolist() == [True, False, True, False, False]
 
 
 def test_paired_difference_by_hand() -> None:

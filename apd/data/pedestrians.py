@@ -78,7 +78,7 @@ DOMAINS = (
         cameras=(
             Camera(
                 background="park",
-                haze="#8fc27a",
+                haze="#96b489",
                 views=("front", "front", "front", "side"),
                 horizon=0.62,
                 scale=0.91,
@@ -95,7 +95,7 @@ DOMAINS = (
             ),
             Camera(
                 background="bricks",
-                haze="#b98a78",
+                haze="#ae9287",
                 views=("front", "front", "back", "side"),
                 horizon=0.74,
                 scale=0.87,
@@ -125,7 +125,7 @@ DOMAINS = (
         cameras=(
             Camera(
                 background="houses",
-                haze="#93a9c9",
+                haze="#9daabd",
                 views=("front", "front", "front", "side"),
                 horizon=0.7,
                 scale=0.89,
@@ -142,7 +142,7 @@ DOMAINS = (
             ),
             Camera(
                 background="road",
-                haze="#b3a489",
+                haze="#ada494",
                 views=("front", "front", "back", "side"),
                 horizon=0.42,
                 scale=0.85,
@@ -172,7 +172,7 @@ DOMAINS = (
         cameras=(
             Camera(
                 background="shops",
-                haze="#e0b0bd",
+                haze="#d1b4bc",
                 views=("front", "front", "front", "side"),
                 horizon=0.68,
                 scale=0.90,
@@ -189,7 +189,7 @@ DOMAINS = (
             ),
             Camera(
                 background="hall",
-                haze="#a9c4b4",
+                haze="#acbcb3",
                 views=("front", "front", "back", "side"),
                 horizon=0.3,
                 scale=0.85,
@@ -219,14 +219,14 @@ DOMAINS = (
         cameras=(
             Camera(
                 background="tunnel",
-                haze="#bfb295",
+                haze="#c6b488",
                 views=("front", "front", "front", "side"),
                 horizon=0.72,
                 scale=0.88,
                 pitch=0.04,
                 lean=0.01,
                 light=0.5,
-                gains=(1.02, 1.00, 0.96),
+                gains=(1.03, 1.00, 0.95),
                 gamma=1.02,
                 contrast=0.98,
                 saturation=0.97,
@@ -236,14 +236,14 @@ DOMAINS = (
             ),
             Camera(
                 background="platform",
-                haze="#a0b0b8",
+                haze="#98b0be",
                 views=("front", "front", "back", "side"),
                 horizon=0.55,
                 scale=0.90,
                 pitch=0.07,
                 lean=-0.01,
                 light=-0.7,
-                gains=(0.97, 1.01, 1.01),
+                gains=(0.96, 1.01, 1.02),
                 gamma=0.98,
                 contrast=0.95,
                 saturation=0.94,

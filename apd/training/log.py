@@ -23,6 +23,7 @@ COLUMNS = (
     *("loss_g", "loss_d", "loss_mp", "loss_c", "loss_s", "flipped"),
     *("loss", "loss_k", "loss_nk", "loss_kp", "loss_latent", "accuracy", "validation_map", "validation_rank1"),
 )
+_FLUSH_SECONDS = 10.0  # between two writings of metrics.csv
 _QUIET_SECONDS = 60.0  # between two printed lines where the output is no terminal
 
 
@@ -54,7 +55,7 @@ class StageLog:
         self._sums: dict[str, Tensor] = {}
         self._count = 0
         self._began = time.perf_counter() - seconds
-        self._printed = time.perf_counter()
+        self._printed = self._flushed = time.perf_counter()
         self._progress = Progress(
             TextColumn(title),
             BarColumn(),
@@ -122,6 +123,8 @@ class StageLog:
             self._writer.add_scalar(name, value, step)
         row: dict[str, Any] = {"stage": self._stage, "step": step, "seconds": f"{self.seconds:.1f}"}
         self._rows.append(row | {name: f"{value:.6g}" for name, value in values.items()})
+        if time.perf_counter() - self._flushed > _FLUSH_SECONDS:
+            self.flush()
         shown = "  ".join(f"{name} {value:.3f}" for name, value in values.items() if name not in ("epoch", "lr"))
         self._progress.update(self._task, values=shown)
         now = time.perf_counter()
@@ -137,6 +140,7 @@ class StageLog:
         writer.writerows(self._rows)
         write_text(self._path, text.getvalue())
         self._writer.flush()
+        self._flushed = time.perf_counter()
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:

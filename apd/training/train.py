@@ -82,11 +82,11 @@ def train_run(run: Run, device: str) -> dict[str, Any]:
         [folder.train for folder in folders], config.train.validation_identities, config.seed
     )
     for folder in folders:
-        console.print(f"source {folder.path.name}: {_counts(folder.train)}")
+        console.print(f"source {folder.path.name}: {_counts(folder.train)}", soft_wrap=True)
     if config.perturbation in ("generator", "both"):
         if not (path / GENERATOR).is_file():
             trunk = make_trunk(run, device)
-            console.print(f"MPG-Net: ψ and φ of {trunk.name}")
+            console.print(f"MPG-Net: ψ and φ of {trunk.name}", soft_wrap=True)
             update_info(path, trunk=trunk.name)
             with _timed(path, "mpg"):
                 train_mpg(path, sources, trunk, config, device)
