@@ -226,6 +226,18 @@ def test_latent_perturbation(tmp_path: Path, whole: Run, data: Path, perturbatio
     assert not (made.path / "baseline").exists()
 
 
+def test_mixed_precision(tmp_path: Path, whole: Run, data: Path) -> None:
+    """bfloat16 in both stages, in a process that has trained in float32: the losses are near, and not the same."""
+    changes = ["precision=bf16", f"mpg.trunk_weights={whole.path / 'baseline'}"]
+    made = trained(tmp_path / "run", data, *changes)
+    ours, theirs = (read_metrics(path / "metrics.csv") for path in (made.path, whole.path))
+    for row, other in zip(ours, theirs, strict=True):
+        for name in ("loss_mp", "loss_c", "loss_k"):
+            if row[name]:
+                assert float(row[name]) == pytest.approx(float(other[name]), rel=0.1)
+                assert row[name] != other[name]
+
+
 @pytest.mark.parametrize("train_on", ["original", "synthesized"])
 def test_images_of_stage_2(
     tmp_path: Path, whole: Run, data: Path, train_on: str, monkeypatch: pytest.MonkeyPatch

@@ -25,7 +25,6 @@ from apd.config import MPGConfig
 from apd.models.trunk import Trunk, TrunkFeatures
 from apd_kernels import metric_perturbation_loss
 
-
 _BRIGHTEST = 1 - 2 / 255  # black and white are kept a level away from where tanh has no slope left
 
 
@@ -157,11 +156,13 @@ def generator_losses(
     made = generator(images)
     features = trunk(made)
     adversarial = adversarial_loss(discriminator(made), real=True)
-    metric = metric_perturbation_loss(features.deep, bank, original.deep, indices=negatives)
+    # Mixed precision leaves ψ in half precision; the bank is not.
+    deep, anchor = features.deep.to(bank.dtype), original.deep.to(bank.dtype)
+    metric = metric_perturbation_loss(deep, bank, anchor, indices=negatives)
     content = l1_loss(features.shallow, original.shallow)
     consistency = l1_loss(generator(made), made)
     total = adversarial + config.weight_mp * metric + config.weight_s * consistency + config.weight_c * content
-    return GeneratorLosses(total, adversarial, metric, content, consistency), made, features.deep
+    return GeneratorLosses(total, adversarial, metric, content, consistency), made, deep
 
 
 def discriminator_loss(discriminator: Discriminator, made: Tensor, negatives: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from apd.config import Config
@@ -21,6 +22,8 @@ def make_accelerator(config: Config, device: str) -> Accelerator:
         config: its ``precision``.
         device: ``"cpu"`` or ``"cuda"``.
     """
+    # Accelerate keeps device and precision for the whole process, and refuses other ones for a second training.
+    AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=device == "cpu", mixed_precision=config.precision)
 
 

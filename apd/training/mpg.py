@@ -18,7 +18,7 @@ from apd.models.mpgnet import Discriminator, Generator, discriminator_loss, gene
 from apd.models.trunk import Trunk
 from apd.run import GENERATOR, save_tensors
 from apd.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
-from apd.training.engine import CheckpointClock, make_accelerator, seed_step
+from apd.training.engine import CheckpointClock, seed_step
 from apd.training.log import StageLog
 from apd.training.sources import Sources
 
@@ -126,8 +126,9 @@ def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device:
     options: MPGConfig = config.mpg
     store = ImageStore(sources.paths, (config.data.height, config.data.width), cache=config.data.cache)
     sampler = NegativeSampler(sources.labels, sources.domains, options.batch_size, options.negatives, config.seed)
-    accelerator = make_accelerator(config, device)
-    on = accelerator.device
+    on = torch.device(device)
+    # float16 would need its losses scaled, for two optimisers in turn; stage 1 then takes float32.
+    autocast = torch.autocast(on.type, torch.bfloat16, enabled=config.precision == "bf16")
 
     torch.manual_seed(config.seed)
     generator = Generator(options.width, options.blocks)
@@ -173,7 +174,7 @@ def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device:
             )
             indices = batch.indices.to(on, non_blocking=True)
             rows = indices[options.batch_size :].view(options.batch_size, options.negatives)
-            with accelerator.autocast():
+            with autocast:
                 with torch.no_grad():
                     original = trunk(images)
                 # The generator learns from the discriminator and does not teach it.
@@ -186,7 +187,7 @@ def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device:
             optimizers["generator"].step()
 
             discriminator.requires_grad_(True)
-            with accelerator.autocast():
+            with autocast:
                 loss_d = discriminator_loss(discriminator, made, negatives)
             optimizers["discriminator"].zero_grad(set_to_none=True)
             loss_d.backward()
@@ -201,7 +202,7 @@ def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device:
             }
             facts = {"epoch": step / sampler.steps_per_epoch, "lr": options.lr}
             if log.due(step):
-                facts["flipped"] = float(flipped_share(deep.float(), indices[: options.batch_size], bank, labels))
+                facts["flipped"] = float(flipped_share(deep.detach(), indices[: options.batch_size], bank, labels))
             log.step(step, values, **facts)
             if log.due(step):
                 clock.tick(step)
