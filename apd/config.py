@@ -154,7 +154,9 @@ class Config:
         PAPER,
         choices=("generator", "latent", "both", "none"),
     )
-    precision: str = _value("no", "mixed precision: no, bf16 or fp16 (stage 1 then takes float32)", OURS, choices=("no", "bf16", "fp16"))
+    precision: str = _value(
+        "no", "mixed precision: no, bf16 or fp16 (stage 1 then takes float32)", OURS, choices=("no", "bf16", "fp16")
+    )
     checkpoint_minutes: float = _value(5.0, "most minutes between two checkpoints", OURS)
     log_steps: int = _value(10, "steps between two lines of metrics.csv", OURS)
     data: DataConfig = field(default_factory=DataConfig)
