@@ -85,7 +85,7 @@ class ModelConfig:
         PAPER,
         choices=("none", "msp", "sds", "sps"),
     )
-    msp_bias_init: float = _value(2.0, "first bias of the attention logits: K starts near 0.9 F; 0.0 is plain", OURS)
+    msp_bias_init: float = _value(2.0, "initial bias of the attention logits: K starts near 0.9 F; 0.0 is plain", OURS)
     descriptor: str = _value(
         "before_bn", "the class token before or after the batch norm", TRANSREID, choices=("before_bn", "after_bn")
     )
@@ -157,7 +157,7 @@ class Config:
     precision: str = _value(
         "no", "mixed precision: no, bf16 or fp16 (stage 1 then takes float32)", OURS, choices=("no", "bf16", "fp16")
     )
-    checkpoint_minutes: float = _value(5.0, "most minutes between two checkpoints", OURS)
+    checkpoint_minutes: float = _value(5.0, "most minutes between two checkpoints, and at least a step", OURS)
     log_steps: int = _value(10, "steps between two lines of metrics.csv", OURS)
     data: DataConfig = field(default_factory=DataConfig)
     mpg: MPGConfig = field(default_factory=MPGConfig)

@@ -37,7 +37,7 @@ def _contents(rows: FeatureSet) -> str:
         known = np.empty(0) if values is None else values[values != -1]
         if len(known):
             parts.append(count(len(np.unique(known)), noun, plural))
-    return f"{', '.join(parts)}; {rows.path.name}, {rows.rows}"
+    return f"{', '.join(parts)}; {rows.path.resolve().name}, {rows.rows}"
 
 
 def _facts(*facts: tuple[str, str]) -> None:

@@ -35,8 +35,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write or replace a file of UTF-8 text, as `write_bytes`."""
-    write_bytes(path, text.encode("utf-8"))
+    """Write or replace a file of UTF-8 text, as `write_bytes`.
+
+    File names may hold bytes that are no UTF-8; Python reads them as lone surrogates, which are written as ``\\udcff``:
+    in JSON the same name again.
+    """
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -12,7 +12,6 @@ from apd.errors import InputError
 from apd.files import replacing
 from apd.retrieval import RankedLists
 
-ENDINGS = (".png", ".jpg", ".jpeg")
 RIGHT, WRONG, UNKNOWN = (34, 139, 34), (200, 30, 30), (150, 150, 150)
 _BOX, _FRAME, _GAP = (96, 192), 4, 10  # pixels; a box is (width, height)
 _LINE, _CAPTION = 13, 3  # height of a line of text, and lines below a box
@@ -29,7 +28,7 @@ def write_ranked_picture(lists: RankedLists, folder: Path, path: Path) -> None:
     Args:
         lists: the queries' names are image files; the found names are relative to `folder`.
         folder: the gallery's data set.
-        path: a name that ends in one of `ENDINGS`.
+        path: a name that ends in .png, .jpg or .jpeg.
     """
     rows = [lists.matches(query) for query in range(len(lists.query))]
     columns = 1 + max(map(len, rows))

@@ -70,6 +70,22 @@ def extractor_of(gallery: Gallery, path: Path, device: str, run: Path | None = N
     return extractor
 
 
+def data_of(gallery: Gallery, path: Path, data: Path | None = None) -> Path:
+    """The folder of the images of a gallery that was made with a run.
+
+    Args:
+        gallery, path: the gallery, and where it was loaded from.
+        data: the data set's folder, if it has moved.
+
+    Raises:
+        InputError: it is not there.
+    """
+    folder = Path(gallery.notes["data"]) if data is None else data
+    if not folder.is_dir():
+        raise InputError(f"{path}: its images are not in {folder}: no such folder; where are they now? --data DIR")
+    return folder
+
+
 def describe_queries(extractor: Extractor, images: Sequence[Path], pid: int | None, camera: int | None) -> FeatureSet:
     """Query rows of image files.
 
@@ -121,6 +137,7 @@ def search_features(query: FeatureSet, gallery: Gallery, k: int, *, exclude_same
     if query.dim != gallery.dim:
         raise InputError(f"{query.path}: features: expected {gallery.dim} dimensions as the gallery, got {query.dim}")
     exclude = (query.identities(), query.cameras()) if exclude_same_camera else None
+    k = min(k, max(1, len(gallery)))  # a column more would be memory for every query, and hold nothing
     try:
         found = gallery.search(query.features, k, exclude_same=exclude)
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +17,11 @@ from apd.data.loading import images_in_order
 from apd.data.market import FOLDERS, Sample
 from apd.display import progress
 from apd.errors import InputError
-from apd.files import write_bytes
+from apd.files import write_bytes, write_text
 
 _QUALITY = 95  # of the JPEG files, as close to the generator's output as 8 bits in a third of PNG's size
 _BATCH = 32
+_SIGNATURE = "generator.sha256"
 
 
 def synthesized_path(folder: Path, part: str, sample: Sample) -> Path:
@@ -38,7 +40,7 @@ def synthesize(
     device: str,
     workers: int = 0,
 ) -> list[Path]:
-    """Write G(x) of every image; those that are there already are kept, so that an interrupted run goes on.
+    """Write G(x) of every image; those that this generator wrote before are kept, so that an interrupted run goes on.
 
     Args:
         generator: images in [0, 1] to such, in evaluation mode.
@@ -53,12 +55,17 @@ def synthesize(
         the written files, in the order of the samples.
 
     Raises:
-        InputError: an image cannot be read, or two would get one name.
+        InputError: an image cannot be read, two would get one name, or the folder is that of the originals or has
+            images of another generator.
     """
     paths = [synthesized_path(folder, part, sample) for sample in samples]
     if len(set(paths)) < len(paths):
         raise InputError(f"{samples[0].path.parent}: expected images whose names differ by more than their endings")
-    (folder / FOLDERS[part]).mkdir(parents=True, exist_ok=True)
+    target = folder / FOLDERS[part]
+    if target.resolve() in {sample.path.parent.resolve() for sample in samples}:
+        raise InputError(f"{folder}: holds the originals; choose another folder for the synthesized images")
+    target.mkdir(parents=True, exist_ok=True)
+    _sign(folder, generator)
     missing = [i for i, path in enumerate(paths) if not path.is_file()]
     store = ImageStore([samples[i].path for i in missing], size, cache=False)
     waiting = iter(missing)
@@ -69,6 +76,17 @@ def synthesize(
                 write_bytes(paths[next(waiting)], _as_jpeg(picture))
             advance(len(made))
     return paths
+
+
+def _sign(folder: Path, generator: nn.Module) -> None:
+    """Write down which generator the images of a folder are of; another one may not add to them."""
+    digest = hashlib.sha256()
+    for tensor in generator.state_dict().values():
+        digest.update(tensor.contiguous().cpu().numpy())
+    path, content = folder / _SIGNATURE, digest.hexdigest() + "\n"
+    if path.is_file() and path.read_text(encoding="utf-8") != content:
+        raise InputError(f"{folder}: has images of another generator; choose another folder, or remove this one")
+    write_text(path, content)
 
 
 def _as_jpeg(picture: np.ndarray) -> bytes:

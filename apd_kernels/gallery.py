@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from apd_kernels._core.checks import check_choice, check_features
-from apd_kernels._core.folder import HashingWriter, load_folder, save_folder
+from apd_kernels._core.folder import HashingWriter, check_replaceable, load_folder, save_folder
 from apd_kernels.distance import METRICS
 
 FORMAT = "apd-kernels gallery"
@@ -221,6 +221,18 @@ class Gallery:
         fields = {"dim": self.dim, "metric": self.metric, "count": len(self), "notes": self.notes}
         files = {"index.faiss": write_index, "arrays.npz": write_arrays}
         save_folder(Path(path), FORMAT, VERSION, fields, files, GalleryError)
+
+    @staticmethod
+    def check_destination(path: str | os.PathLike[str]) -> None:
+        """Raise what `save` would raise for what is at `path`: to ask before the work of filling a gallery.
+
+        Args:
+            path: the folder; it need not exist.
+
+        Raises:
+            GalleryError: `path` is a file or a folder with other content.
+        """
+        check_replaceable(Path(path), FORMAT, GalleryError)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: str | torch.device | None = None) -> Gallery:

@@ -220,6 +220,19 @@ def test_index_and_search(features: Path, tmp_path: Path) -> None:
         assert {key: line[key] for key in match} == {key: str(value) for key, value in match.items()}
 
 
+def test_lists_of_names_that_are_no_utf8(tmp_path: Path) -> None:
+    """As Python reads a file name with the byte FF."""
+    arrays = _arrays(4)
+    names = [f"{i} \udcff.jpg" for i in range(4)]
+    features = _file(tmp_path / "f.npz", {"features": arrays["features"], "names": np.array(names)})
+    _index(features, tmp_path / "g")
+    for ending in ("json", "csv"):
+        out = tmp_path / f"lists.{ending}"
+        _run("search", "--gallery", tmp_path / "g", "--features", features, "-k", 1, "--output", out)
+    assert [one["name"] for one in json.loads((tmp_path / "lists.json").read_text())["queries"]] == names
+    assert "3 \\udcff.jpg" in (tmp_path / "lists.csv").read_text(encoding="utf-8")
+
+
 def test_search_without_the_query_camera(features: Path, tmp_path: Path) -> None:
     _index(features, tmp_path / "g", "--metric", "euclidean")
     out = tmp_path / "lists.json"
@@ -247,6 +260,15 @@ def test_search_of_features_alone(tmp_path: Path) -> None:
     assert "no array 'pids'" in _error(
         "search", "--gallery", tmp_path / "g", "--features", features, "--exclude-same-camera"
     )
+
+
+def test_more_than_the_gallery_has(features: Path, tmp_path: Path) -> None:
+    """All rows, and no memory for others."""
+    _index(features, tmp_path / "g")
+    out = tmp_path / "lists.json"
+    _run("search", "--gallery", tmp_path / "g", "--features", features, "-k", 10**15, "--output", out)
+    rows = int((_arrays()["split"] == 2).sum())
+    assert all(len(one["results"]) == rows for one in json.loads(out.read_text())["queries"])
 
 
 def test_index_replaces_only_galleries(features: Path, tmp_path: Path) -> None:
@@ -356,10 +378,12 @@ def test_changed_bytes_are_never_evaluated(features: Path, tmp_path: Path) -> No
         assert f"f.npz: {name.removesuffix('.npy')}: cannot be read" in error
 
 
-def test_outputs_are_checked_before_the_work(tmp_path: Path) -> None:
-    assert "there is no folder" in _error(
-        "evaluate", "--features", "absent.npz", "--json", tmp_path / "absent" / "o.json"
-    )
+def test_outputs_are_checked_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate = ["evaluate", "--features", "absent.npz", "--json"]
+    assert "there is no folder" in _error(*evaluate, tmp_path / "absent" / "o.json")
+    assert "expected a file name, got a folder" in _error(*evaluate, tmp_path)
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
+    assert f"no permission to write to {tmp_path}" in _error(*evaluate, tmp_path / "o.json")
 
 
 def test_a_full_disk_is_one_line(features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

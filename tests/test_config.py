@@ -76,11 +76,11 @@ def test_shipped_is_sound(name: str) -> None:
 
 
 def test_cpu_and_demo_are_small() -> None:
-    for name, size, dim, steps in (("cpu", (128, 64), 192, 2000), ("demo", (64, 32), 96, 600)):
+    for name, size, dim, steps, lr in (("cpu", (128, 64), 192, 2000, 1e-3), ("demo", (64, 32), 96, 600, 1e-3)):
         config = load_config(name)
         assert (config.data.height, config.data.width) == size
         assert (config.model.embed_dim, config.model.pretrained, config.train.steps) == (dim, "none", steps)
-        assert (config.train.lr, config.train.weight_decay, config.train.clip) == (5e-4, 0.05, 1.0)
+        assert (config.train.lr, config.train.weight_decay, config.train.clip) == (lr, 0.05, 1.0)
 
 
 def test_a_file_named_like_a_shipped_one_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

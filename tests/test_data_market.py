@@ -55,6 +55,7 @@ def test_parts(tmp_path: Path) -> None:
         ("0006_c1s1_000007_00.JpEg", 6, 1),
         ("0006_c1s1_000007_00.png", 6, 1),
         ("0006_c1s1_000007_00.bmp", 6, 1),
+        ("0006_c1s1_000007_00.webp", 6, 1),
         ("7_c3s14_000007_00 é.jpg", 7, 3),
         ("0008_c6_f0046985.jpg", 8, 6),  # DukeMTMC-reID
     ],
@@ -127,30 +128,33 @@ def test_one_warning_counts_all(tmp_path: Path) -> None:
     (warning,) = warned
     message = str(warning.message)
     assert f"{3 * len(MISNAMED)} files are left out" in message
-    assert message.count("bounding_box_train/") == 5
+    assert message.count("bounding_box_train/") == 10
     assert message.endswith(", …")
 
 
-def test_distractors_are_no_class(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("part", "pids"), [("train", [1, 2]), ("query", [10])])
+def test_distractors_are_no_class_and_no_query(tmp_path: Path, part: str, pids: list[int]) -> None:
+    """As a query a distractor would find those of the gallery, and count as right."""
     names = ["0000_c1s1_000001_00.jpg", "0000_c1s1_000002_00.jpg"]
-    path = _folder(tmp_path, train=NOTHING_WRONG["train"] + names)
-    with pytest.warns(DataWarning, match=r"bounding_box_train: 2 images of identity 0 .* are left out") as warned:
+    path = _folder(tmp_path, **{part: NOTHING_WRONG[part] + names})
+    with pytest.warns(DataWarning, match=rf"{FOLDERS[part]}: 2 images of identity 0 .* are left out") as warned:
         folder = read_market(path)
     assert len(warned) == 1  # nor is 0 an identity of both train and gallery
-    assert [sample.pid for sample in folder.train] == [1, 2]
+    assert [sample.pid for sample in getattr(folder, part)] == pids
+    assert [sample.pid for sample in folder.gallery] == [0, 10]
     with pytest.raises(InputError, match="identity 0"):
         read_market(path, strict=True)
 
 
 @pytest.mark.parametrize("part", ["query", "gallery"])
 def test_overlap(tmp_path: Path, part: str) -> None:
-    names = [f"{pid:04}_c1s1_000009_00.jpg" for pid in range(1, 9)]
+    names = [f"{pid:04}_c1s1_000009_00.jpg" for pid in range(1, 14)]
     path = _folder(tmp_path, train=names, **{part: NOTHING_WRONG[part] + names[1:]})
-    with pytest.warns(DataWarning, match=r"7 identities are both in train and in .*: 2, 3, 4, 5, 6, …$") as warned:
+    with pytest.warns(DataWarning, match=r"12 identities are both in train and in .*: 2, 3, 4, 5, .*, …$") as warned:
         folder = read_market(path)
     assert len(warned) == 1
-    assert len(folder.train) == 8  # the user decides
-    with pytest.raises(InputError, match="7 identities"):
+    assert len(folder.train) == 13  # the user decides
+    with pytest.raises(InputError, match="12 identities"):
         read_market(path, strict=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -213,6 +217,8 @@ def test_broken_names(real_data: Path) -> None:
     messages = [str(warning.message) for warning in warned]
     assert len(messages) == 2
     assert "8 files are left out" in messages[0]
+    for name in ("IMG_2041", "0003c1s1_", "0003_x1s1_", "0003_c_", "abcd_", "/_c1s1_", "-2_", "0001_c0s1_"):
+        assert name in messages[0]
     assert "1 image of identity 0 (distractor) is left out" in messages[1]
     assert len(folder.train) == 7
     assert sorted({sample.pid for sample in folder.train}) == [1, 2, 5, 6, 12345]

@@ -358,7 +358,7 @@ def test_weights_that_cannot_be_had_are_a_quick_error(monkeypatch: pytest.Monkey
 # a run on a data set
 
 
-def test_evaluate_a_run(data: Path, tmp_path: Path) -> None:
+def test_evaluate_a_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The figures of its features, and with them what they depend on."""
     folder = write_run(tmp_path / "mine")
     run("extract", "--model", folder, "--data", data, "--output", tmp_path / "f.npz")
@@ -376,6 +376,10 @@ def test_evaluate_a_run(data: Path, tmp_path: Path) -> None:
         **about,
         "re_ranking": False,
     }
+    monkeypatch.chdir(data)
+    assert "5 images, 5 identities, 1 camera; set, split 1, query" in run(
+        "evaluate", "--checkpoint", folder, "--data", "."
+    )
     assert "flip test on" in run(*evaluate, "--flip-test")
     assert json.loads((tmp_path / "run.json").read_text())["flip_test"] is True
 

@@ -185,13 +185,26 @@ def test_foreign_folders_are_neither_loaded_nor_replaced(tmp_path: Path) -> None
         with pytest.raises(GalleryError, match=path.name):
             Gallery.load(path)
         before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(GalleryError, match=r"expected a folder to save to|not replaced"):
-            _filled().save(path)
+        for refused in (Gallery.check_destination, _filled().save):
+            with pytest.raises(GalleryError, match=r"expected a folder to save to|not replaced"):
+                refused(path)
         assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(GalleryError, match="no such folder"):
         Gallery.load(tmp_path / "absent")
     assert (with_text / "notes.txt").read_text() == "mine"
     assert issubclass(GalleryError, ValueError)
+
+
+def test_destinations(tmp_path: Path) -> None:
+    """Nothing, an empty folder, a gallery, or what a killed first save left; asking changes nothing."""
+    for name in ("gallery", "killed"):
+        _filled(5).save(tmp_path / name)
+    (tmp_path / "killed" / "manifest.json").unlink()
+    (tmp_path / "empty").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("gallery", "killed", "empty", "absent", "absent/inner"):
+        Gallery.check_destination(tmp_path / name)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_other_files_in_a_gallery_stay(tmp_path: Path) -> None:

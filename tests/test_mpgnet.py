@@ -42,9 +42,22 @@ def rand(*shape: int) -> Tensor:
     return torch.rand(*shape, dtype=torch.float64)
 
 
+def changing(width: int, blocks: int) -> Generator:
+    """A generator as after some training: a new one returns the image as it is, where every formula is 0."""
+    generator = Generator(width, blocks)
+    nn.init.normal_(generator.change.weight, std=0.3)
+    nn.init.normal_(generator.change.bias, std=0.3)
+    return generator
+
+
+def test_new_generator_returns_the_image() -> None:
+    images = torch.rand(2, 3, 16, 8) * 0.98 + 0.01
+    torch.testing.assert_close(Generator(4, 1)(images), images)
+
+
 def test_generator_losses_are_equations_1_3_4_5() -> None:
     torch.manual_seed(0)
-    generator, discriminator, trunk = Generator(4, 1).double(), Discriminator(4, 2).double().eval(), PlainTrunk()
+    generator, discriminator, trunk = changing(4, 1).double(), Discriminator(4, 2).double().eval(), PlainTrunk()
     images, others = rand(B, 3, 32, 16), rand(10, 3, 32, 16)
     bank = trunk(others).deep
     negatives = torch.randint(10, (B, M))
@@ -61,9 +74,10 @@ def test_generator_losses_are_equations_1_3_4_5() -> None:
         for j in range(M):
             toward = (trunk(made).deep[i] - bank[negatives[i, j]]).norm()
             off = (trunk(made).deep[i] - trunk(images).deep[i]).norm()
-            metric += math.log1p(math.exp(float(toward - off))) / (B * M)
+            metric += math.log1p(math.exp(float((toward - off).detach()))) / (B * M)
     content = (avg_pool2d(made, 2) - avg_pool2d(images, 2)).abs().mean()
     consistency = (generator(made) - made).abs().mean()
+    assert min(float(content.detach()), float(consistency.detach())) > 0.01
     torch.testing.assert_close(losses.adversarial, adversarial)
     assert float(losses.metric.detach()) == pytest.approx(metric, rel=1e-6)
     torch.testing.assert_close(losses.content, content)
@@ -99,7 +113,7 @@ def test_frozen_trunk_passes_gradients_and_keeps_none() -> None:
 
 def test_generator_keeps_size_and_range() -> None:
     for size in ((16, 8), (64, 32)):
-        made = Generator(4, 1)(torch.rand(2, 3, *size))
+        made = changing(4, 1)(torch.rand(2, 3, *size))
         assert made.shape == (2, 3, *size)
         assert (made >= 0).all()
         assert (made <= 1).all()
@@ -107,7 +121,7 @@ def test_generator_keeps_size_and_range() -> None:
 
 def test_generated_image_does_not_depend_on_its_batch() -> None:
     torch.manual_seed(0)
-    generator, images = Generator(8, 2).eval(), torch.rand(5, 3, 32, 16)
+    generator, images = changing(8, 2).eval(), torch.rand(5, 3, 32, 16)
     torch.testing.assert_close(generator(images)[2:3], generator(images[2:3]), rtol=1e-4, atol=1e-5)
 
 
@@ -134,7 +148,7 @@ def test_trunk_of_a_cnn_is_stages_2_and_4_of_the_whole_network() -> None:
     torch.testing.assert_close(features.deep, found["deep"].mean((2, 3)))
 
 
-def test_trunk_of_the_baseline(tmp_path: Path) -> None:
+def test_trunk_of_the_baseline() -> None:
     small = ModelConfig(
         backbone="vit_tiny_patch16_224", pretrained="none", patch_size=8, embed_dim=24, depth=4, heads=2, ssd="none"
     )
@@ -167,6 +181,11 @@ def test_trunks_that_do_not_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         build_trunk("resnet18", None)
     with pytest.raises(InputError, match=r"mpg\.trunk: nonesuch: timm has no model"):
         build_trunk("nonesuch", None)
+    with pytest.raises(InputError, match=r"mpg\.trunk: resnet18\.nonesuch: timm has no model"):
+        build_trunk("resnet18.nonesuch", None)
+    for name in ("vgg11", "test_vit", "convnext_atto"):  # stages at 4 and 16, blocks that all have 16, four stages
+        with pytest.raises(InputError, match=rf"mpg\.trunk: {name} has no stages at reduction 8 and 32"):
+            build_trunk(f"random:{name}", None)
     with pytest.raises(InputError, match=r"mpg\.trunk_weights: .*no such file"):
         build_trunk("resnet18", str(tmp_path / "none.pth"))
     (tmp_path / "text.pth").write_text("text")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from apd.data.pedestrians import DOMAINS, SOURCES, UNSEEN, Domain, chance_rank1, draw_domain, draw_person, write_domain
+from apd.data.pedestrians import DOMAINS, SOURCES, UNSEEN, Domain, draw_domain, draw_person, write_domain
 from apd.errors import InputError
 from apd_kernels import rank_metrics
 
@@ -144,22 +144,3 @@ def test_colour_histograms_do_not_solve_it(unseen: dict[str, np.ndarray], bins: 
 def test_identities_share_the_colours_of_their_domain() -> None:
     """40 identities, 6 colours: no garment colour belongs to one of them."""
     assert all(len(set(domain.colours)) == 6 for domain in DOMAINS)
-
-
-def test_chance_rank1() -> None:
-    query = np.array([1, 2, 3]), np.array([1, 1, 1])
-    gallery = np.array([1, 1, 2, 9, 3]), np.array([1, 2, 2, 1, 1])
-    # Query 1: one right answer among four (its own camera is removed); query 2: one among five; query 3: none.
-    assert chance_rank1(*query, *gallery) == pytest.approx((1 / 4 + 1 / 5) / 2)
-    with pytest.raises(InputError, match="query_pids"):
-        chance_rank1(query[0][2:], query[1][2:], *gallery)
-
-
-def test_chance_rank1_is_that_of_random_features() -> None:
-    pids, camids = np.repeat(np.arange(3), 200), np.tile([1, 1, 2, 2], 150)
-    query = np.tile([True, False], 300)
-    expected = chance_rank1(pids[query], camids[query], pids[~query], camids[~query])
-    features = torch.from_numpy(np.random.default_rng(0).standard_normal((600, 64)))
-    ranked = (torch.from_numpy(labels[rows]) for labels in (pids, camids) for rows in (query, ~query))
-    found = float(rank_metrics(features[query], features[~query], *ranked).cmc[0])
-    assert found == pytest.approx(expected, abs=4 * np.sqrt(expected * (1 - expected) / 300))

@@ -185,8 +185,9 @@ def test_picture_shows_the_images(data: Path, gallery: Path, tmp_path: Path) -> 
     moved = tmp_path / "elsewhere"
     shutil.move(data, moved)
     search[4] = _query(moved)
-    run(*search)
-    assert not np.allclose(middle(np.asarray(Image.open(picture)), 1), middle(before, 1), atol=8)
+    message = error(*search)
+    assert message == f"Error: {gallery}: its images are not in {data}: no such folder; where are they now? --data DIR"
+    assert f"not in {names[2]}" in error(*search, "--data", names[2])
     run(*search, "--data", moved)
     np.testing.assert_array_equal(np.asarray(Image.open(picture)), after)
 
@@ -245,6 +246,16 @@ def test_one_source(arguments: list[str], tmp_path: Path) -> None:
     for command in (["index", "--output", tmp_path / "g"], ["evaluate"]):
         assert "--checkpoint and --data" in error(*command, *arguments)
     assert not (tmp_path / "g").exists()
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(
+    data: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("apd.extraction.extract", lambda *arguments, **options: pytest.fail("images were described"))
+    (tmp_path / "file").touch()
+    index = ["index", "--checkpoint", checkpoint, "--data", data, "--output"]
+    assert "not replaced: a folder with other content" in error(*index, data)
+    assert "expected a folder to save to, found a file" in error(*index, tmp_path / "file")
 
 
 def test_nothing_is_written_without_the_images(data: Path, checkpoint: Path, gallery: Path) -> None:

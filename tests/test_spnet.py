@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -249,8 +250,27 @@ def test_parameter_groups() -> None:
     assert all(p.ndim == 1 for p in biases["params"])
 
 
+def test_weights_of_another_network(tmp_path: Path) -> None:
+    deeper = build_spnet(replace(SMALL, depth=3), SIZE, 4).vit.state_dict()
+    for state, message in (
+        (deeper, r"tensors have no place in the model: blocks\.2\."),
+        ({**deeper, "pos_embed": torch.zeros(3)}, "not weights of this model"),
+    ):
+        torch.save(state, tmp_path / "weights.pth")
+        with pytest.raises(InputError, match=rf"model\.pretrained: .*weights\.pth: .*{message}"):
+            build_spnet(replace(SMALL, pretrained=str(tmp_path / "weights.pth")), SIZE, 4)
+    torch.save({**deeper, "head.weight": torch.zeros(9, 24)}, tmp_path / "weights.pth")
+    model = build_spnet(replace(SMALL, depth=3, pretrained=str(tmp_path / "weights.pth")), SIZE, 4)
+    assert all(torch.equal(tensor, deeper[name]) for name, tensor in model.vit.state_dict().items())
+
+
 def test_backbones_that_do_not_serve() -> None:
     with pytest.raises(InputError, match="vision transformer"):
         build_spnet(ModelConfig(backbone="test_resnet", pretrained="none"), SIZE, 4)
+    with pytest.raises(InputError, match="vision transformer"):  # its patches are of a CNN's map
+        build_spnet(ModelConfig(backbone="vit_tiny_r_s16_p8_224", pretrained="none"), (64, 32), 4)
+    for size, message in (((60, 32), r"data\.height: .* 16 pixels, got 60"), ((64, 28), r"data\.width: .* got 28")):
+        with pytest.raises(InputError, match=message):
+            build_spnet(ModelConfig(backbone="vit_tiny_patch16_224", pretrained="none"), size, 4)
     with pytest.raises(InputError, match="nonesuch"):
         build_spnet(ModelConfig(backbone="nonesuch", pretrained="none"), SIZE, 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -106,16 +107,19 @@ def gallery_device(device: Device) -> str | None:
     return None if device is Device.auto else device.value
 
 
-def check_writable(path: Path | None, option: str) -> None:
-    """Before the work, not after it."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise InputError(f"{option} {path}: there is no folder {path.parent}")
-
-
 def check_file(path: Path | None, option: str, endings: tuple[str, ...] = ()) -> None:
-    """The name of a file that can be written, not of a folder; where `endings` are given, with one of them."""
-    if path is not None and endings and path.suffix not in endings:
+    """The name of a file that can be written, not of a folder; where `endings` are given, with one of them.
+
+    Called before the work, not after it.
+    """
+    if path is None:
+        return
+    if endings and path.suffix not in endings:
         raise InputError(f"{option} {path}: expected a name that ends in {' or '.join(endings)}")
-    check_writable(path, option)
-    if path is not None and path.is_dir():
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise InputError(f"{option} {path}: there is no folder {path.parent}")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{option} {path}: no permission to write to {folder}")
+    if path.is_dir():
         raise InputError(f"{option} {path}: expected a file name, got a folder")

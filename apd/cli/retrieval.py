@@ -198,7 +198,9 @@ def index(
     from apd.data.market import read_market
     from apd.features import load_features
     from apd.retrieval import index_features, note_run
+    from apd_kernels import Gallery
 
+    Gallery.check_destination(output)
     if features is not None:
         rows = load_features(features).part("gallery")
         gallery = index_features(rows, metric.value, device="cpu")
@@ -265,7 +267,7 @@ def search(
     from apd import display
     from apd.features import load_features
     from apd.ranked_picture import write_ranked_picture
-    from apd.retrieval import describe_queries, extractor_of, search_features, write_lists
+    from apd.retrieval import data_of, describe_queries, extractor_of, search_features, write_lists
     from apd_kernels import Gallery
 
     images = Gallery.load(gallery, device=gallery_device(device))
@@ -274,6 +276,7 @@ def search(
     else:
         assert query is not None
         extractor = extractor_of(images, gallery, torch_device(device), checkpoint)
+        folder = None if picture is None else data_of(images, gallery, data)
         queries = describe_queries(extractor, query, id, camera)
         if exclude_same_camera and (queries.identities() == -1).any() | (queries.cameras() == -1).any():
             raise InputError("--exclude-same-camera: the query's identity or camera is not known; --id and --camera")
@@ -284,7 +287,8 @@ def search(
         write_lists(lists, output)
         display.print_written(output)
     if picture is not None:
-        write_ranked_picture(lists, Path(images.notes["data"]) if data is None else data, picture)
+        assert folder is not None
+        write_ranked_picture(lists, folder, picture)
         display.print_written(picture)
 
 

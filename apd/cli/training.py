@@ -65,7 +65,7 @@ def train(
 def synthesize(
     checkpoint: Annotated[Path, typer.Option(help="Run whose generator is taken.")],
     data: Annotated[Path, typer.Option(help="Data set in the layout of Market-1501.")],
-    output: Annotated[Path, typer.Option(help="Folder of the new data set; images that are there are kept.")],
+    output: Annotated[Path, typer.Option(help="Folder of the new data set; images of the same generator are kept.")],
     part: Annotated[
         list[str] | None, typer.Option(help="train, query or gallery; give it once for each part. Default: train.")
     ] = None,

@@ -13,11 +13,11 @@ from apd.errors import DataWarning, InputError
 
 FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
 DISTRACTOR = 0  # identity of gallery images that match nobody, one another included
-_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp")
+_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 _JUNK = re.compile(r"-1_")
 # <identity>_c<camera>s<sequence>_…; DukeMTMC-reID has no sequence. Digits are bounded so that they fit int32.
 _NAME = re.compile(r"(?P<pid>[0-9]{1,9})_c(?P<camid>[0-9]{1,9})(s[0-9]+)?_")
-_NAMED = 5  # files or identities that a message names
+_NAMED = 10  # files or identities that a message names
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def read_market(
 
     The folders `bounding_box_train`, `query` and `bounding_box_test` (the
     gallery) hold images named ``<identity>_c<camera>s<sequence>_….jpg`` (or
-    .jpeg, .png, .bmp). Junk images (identity −1), hidden files and folders are
+    .jpeg, .png, .bmp, .webp). Junk images (identity −1), hidden files and folders are
     left out silently. The images themselves are not opened.
 
     Args:
@@ -81,8 +81,8 @@ def read_market(
         the parts, each sorted by file name.
 
     Warns:
-        DataWarning: files with another name, and distractors (identity 0) in train, which are left out; identities
-            that are both in train and in query or gallery.
+        DataWarning: files with another name, and distractors (identity 0) in train and query, which are left out;
+            identities that are both in train and in query or gallery.
 
     Raises:
         InputError: a folder is missing, cannot be read, or holds no image; with `strict` also what is warned of.
@@ -100,18 +100,18 @@ def read_market(
         expected = "<identity>_c<camera>s<sequence>_…, camera from 1"
         _report(f"{root}: {len(misnamed)} {of} left out, not named {expected}: {_first(misnamed)}", strict)
 
-    train = [sample for sample in found["train"] if sample.pid != DISTRACTOR]
-    if len(train) < len(found["train"]):
-        distractors = len(found["train"]) - len(train)
-        of = "image of identity 0 (distractor) is" if distractors == 1 else "images of identity 0 (distractors) are"
-        _report(f"{root / FOLDERS['train']}: {distractors} {of} left out", strict)
-    found["train"] = train
+    for part in ("train", "query"):  # no class, and no query: as one it would match the gallery's distractors
+        named = [sample for sample in found[part] if sample.pid != DISTRACTOR]
+        if distractors := len(found[part]) - len(named):
+            of = "image of identity 0 (distractor) is" if distractors == 1 else "images of identity 0 (distractors) are"
+            _report(f"{root / FOLDERS[part]}: {distractors} {of} left out", strict)
+        found[part] = named
     for part in dict.fromkeys(parts):
         if not found[part]:
             raise InputError(f"{root / FOLDERS[part]}: no images named <identity>_c<camera>s<sequence>_….jpg")
 
     tested = {sample.pid for sample in (*found["query"], *found["gallery"])}
-    both = sorted(tested.intersection(sample.pid for sample in train))
+    both = sorted(tested.intersection(sample.pid for sample in found["train"]))
     if both:
         of = "identity is" if len(both) == 1 else "identities are"
         _report(f"{root}: {len(both)} {of} both in train and in query or gallery: {_first(map(str, both))}", strict)

@@ -440,28 +440,3 @@ def write_domain(
         os.replace(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-def chance_rank1(
-    query_pids: np.ndarray, query_camids: np.ndarray, gallery_pids: np.ndarray, gallery_camids: np.ndarray
-) -> float:
-    """Expected rank-1 of a gallery in random order, evaluated as by `apd_kernels.rank_metrics`.
-
-    Args:
-        query_pids, query_camids: identity and camera of each query, shape (Q,), integers.
-        gallery_pids, gallery_camids: identity and camera of each gallery image, shape (G,), integers.
-
-    Returns:
-        The mean over the queries with a right answer of the share of right answers in the gallery that is left
-        without the images of the query's identity in its own camera.
-
-    Raises:
-        InputError: no query has an image of its identity in another camera.
-    """
-    same = query_pids[:, None] == gallery_pids[None, :]
-    removed = same & (query_camids[:, None] == gallery_camids[None, :])
-    right = (same & ~removed).sum(1)
-    counted = right > 0
-    if not counted.any():
-        raise InputError("query_pids: expected an identity that has a gallery image in another camera, got none")
-    return float((right / np.maximum((~removed).sum(1), 1))[counted].mean())

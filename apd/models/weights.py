@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import timm
 import torch
@@ -48,21 +49,29 @@ def load_weights(model: nn.Module, path: Path, argument: str) -> None:
     """Load a file into a timm model: position embeddings are resized, a classifier that the model lacks is left out.
 
     Raises:
-        InputError: as `load_state`, or a tensor of the model is missing or of another shape.
+        InputError: as `load_state`, or a tensor of the model is missing, of another shape, or one too many, as where
+            the file's network is deeper.
     """
     state = load_state(path, argument)
     filtered: Any = state
     module = __import__(type(model).__module__, fromlist=["checkpoint_filter_fn"])
     if hasattr(module, "checkpoint_filter_fn"):
-        filtered = module.checkpoint_filter_fn(state, model)
+        try:
+            filtered = module.checkpoint_filter_fn(state, model)
+        except (AttributeError, IndexError, KeyError, RuntimeError, ValueError) as error:
+            raise InputError(f"{argument}: {path}: not weights of this model: {error}") from error
     wanted = model.state_dict()
     missing = [name for name in wanted if name not in filtered]
     wrong = [name for name in wanted if name in filtered and filtered[name].shape != wanted[name].shape]
+    parts = {name.partition(".")[0] for name in wanted}  # a classifier is none of them
+    surplus = [name for name in filtered if name not in wanted and name.partition(".")[0] in parts]
     if missing:
         raise InputError(f"{argument}: {path}: {len(missing)} tensors of the model are missing: {missing[0]}, …")
     if wrong:
         expected, found = (tuple(tensors[wrong[0]].shape) for tensors in (wanted, filtered))
         raise InputError(f"{argument}: {path}: {wrong[0]}: expected shape {expected}, got {found}")
+    if surplus:
+        raise InputError(f"{argument}: {path}: {len(surplus)} tensors have no place in the model: {surplus[0]}, …")
     model.load_state_dict({name: filtered[name] for name in wanted})
 
 
@@ -97,6 +106,9 @@ def _reachable(config: Any) -> bool:
     if config.hf_hub_id and constants.HF_HUB_OFFLINE:
         return False
     address = urlsplit(constants.ENDPOINT if config.hf_hub_id else str(config.url))
+    proxy = None if proxy_bypass(address.hostname or "") else getproxies().get(address.scheme)
+    if proxy:  # then it is the proxy that must answer
+        address = urlsplit(proxy)
     try:
         socket.create_connection((address.hostname or "", address.port or 443), timeout=_CONNECT_SECONDS).close()
     except OSError:

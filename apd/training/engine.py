@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import nn
 
 from apd.config import Config
 
@@ -32,16 +30,11 @@ def seed_step(seed: int, stage: int, step: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence((seed, stage, step)).generate_state(1)[0]))
 
 
-def unwrapped(model: nn.Module) -> Any:
-    """The model as it was before the accelerator's `prepare`; Any, because its own methods are called."""
-    return getattr(model, "module", model)
-
-
 class CheckpointClock:
     """Says when a checkpoint is due: every so many minutes, the first after a quarter of that.
 
     Args:
-        minutes: most minutes between two checkpoints; 0: one whenever asked.
+        minutes: between two checkpoints; 0: one whenever asked.
         save: writes one.
     """
 

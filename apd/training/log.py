@@ -38,11 +38,19 @@ class StageLog:
         title: of the progress bar.
         start, steps: steps done already, and in all.
         every: steps between two lines.
-        seconds: time that the steps done already took.
+        state: what `state` said when the checkpoint was written from which the stage goes on.
     """
 
     def __init__(
-        self, run: Path, stage: str, title: str, start: int, steps: int, *, every: int, seconds: float = 0.0
+        self,
+        run: Path,
+        stage: str,
+        title: str,
+        start: int,
+        steps: int,
+        *,
+        every: int,
+        state: dict[str, Any] | None = None,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -52,9 +60,10 @@ class StageLog:
         self._writer = SummaryWriter(run / "tensorboard" / stage, purge_step=start + 1)
         self._every = every
         self._steps = steps
-        self._sums: dict[str, Tensor] = {}
-        self._count = 0
-        self._began = time.perf_counter() - seconds
+        state = state or {"seconds": 0.0, "count": 0, "sums": {}}
+        self._sums: dict[str, Tensor] = state["sums"]
+        self._count: int = state["count"]
+        self._began = time.perf_counter() - state["seconds"]
         self._printed = self._flushed = time.perf_counter()
         self._progress = Progress(
             TextColumn(title),
@@ -86,6 +95,10 @@ class StageLog:
         """Time that all steps of the stage took, those before a restart included."""
         return time.perf_counter() - self._began
 
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: the time so far, and the sums since the last line."""
+        return {"seconds": self.seconds, "count": self._count, "sums": dict(self._sums)}
+
     def due(self, step: int) -> bool:
         """Whether `step` steps done are worth a line."""
         return step % self._every == 0 or step == self._steps
@@ -103,7 +116,7 @@ class StageLog:
         """
         for name, value in values.items():
             value = value.detach().float()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._sums[name] = self._sums[name].to(value.device) + value if name in self._sums else value
         self._count += 1
         self._progress.advance(self._task)
         if self.due(step):

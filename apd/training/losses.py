@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from apd.config import LatentConfig, LossConfig
-from apd.models.spnet import Branches, Heads
+from apd.models.spnet import RELEVANT, Branches, Heads
 from apd_kernels import Pair, batch_hard, metric_perturb, pairwise_distance, triplet_loss
 
 _IGNORED = -100  # cross_entropy's ignore_index
@@ -64,7 +64,7 @@ def latent_loss(features: Tensor, labels: Tensor, heads: Heads, losses: LossConf
         heads: those of f; their running statistics do not see the moved features.
     """
     moved = metric_perturb(features, labels, epsilon=config.epsilon, epsilon_mode="relative", steps=config.steps)
-    logits = heads(moved, 0, track=False)
+    logits = heads(moved, RELEVANT, track=False)
     return triplet_loss(moved, labels, margin=losses.margin) + _identity(logits, labels, losses)
 
 

@@ -110,7 +110,7 @@ def flipped_share(made: Tensor, batch: Tensor, bank: Tensor, labels: Tensor) -> 
     return (before & ~after).sum() / before.sum().clamp(min=1)
 
 
-def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device: str) -> None:
+def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device: str) -> float:
     """Train, or go on training, and write the generator to the run.
 
     Args:
@@ -119,6 +119,9 @@ def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device:
         trunk: ψ and φ.
         config: of the run.
         device: ``"cpu"`` or ``"cuda"``.
+
+    Returns:
+        the seconds it took, those before a restart included.
 
     Raises:
         InputError: too few images, an unreadable one, or losses that are not finite.
@@ -138,10 +141,10 @@ def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device:
         name: torch.optim.Adam(network.parameters(), options.lr, betas=(options.beta1, 0.999))
         for name, network in networks.items()
     }
-    start, seconds = 0, 0.0
+    start, logged = 0, None
     checkpoint = load_checkpoint(run, STAGE)
     if checkpoint is not None:
-        start, seconds = checkpoint["step"], checkpoint["seconds"]
+        start, logged = checkpoint["step"], checkpoint["log"]
         for name, network in networks.items():
             network.load_state_dict(checkpoint[name])
             optimizers[name].load_state_dict(checkpoint[f"{name}_optimizer"])
@@ -158,13 +161,13 @@ def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device:
         stop=options.steps,
         workers=config.data.workers,
     )
-    with StageLog(run, STAGE, "MPG-Net", start, options.steps, every=config.log_steps, seconds=seconds) as log:
+    with StageLog(run, STAGE, "MPG-Net", start, options.steps, every=config.log_steps, state=logged) as log:
 
         def save(step: int) -> None:
             state = {name: network.state_dict() for name, network in networks.items()}
             state |= {f"{name}_optimizer": optimizer.state_dict() for name, optimizer in optimizers.items()}
             log.flush()
-            save_checkpoint(run, STAGE, step, {**state, "seconds": log.seconds})
+            save_checkpoint(run, STAGE, step, {**state, "log": log.state()})
 
         clock = CheckpointClock(config.checkpoint_minutes, save)
         for step, batch in enumerate(batches, start + 1):
@@ -204,7 +207,7 @@ def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device:
             if log.due(step):
                 facts["flipped"] = float(flipped_share(deep.detach(), indices[: options.batch_size], bank, labels))
             log.step(step, values, **facts)
-            if log.due(step):
-                clock.tick(step)
+            clock.tick(step)
     save_tensors(run / GENERATOR, generator)
     remove_checkpoints(run, STAGE)
+    return log.seconds

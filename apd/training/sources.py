@@ -84,8 +84,8 @@ def _drawn(samples: Sequence[Sample], count: int, random: np.random.Generator) -
     usable = sorted(pid for pid, seen in cameras.items() if len(seen) > 1)
     if len(usable) <= count or len(cameras) - count < 2:
         raise InputError(
-            f"train.validation_identities: {count} of {samples[0].path.parent}: only {len(usable)} of its "
-            f"{len(cameras)} identities are seen by two cameras"
+            f"train.validation_identities: expected fewer than the {len(usable)} identities (of {len(cameras)}) in "
+            f"{samples[0].path.parent} that two cameras saw, got {count}"
         )
     return set(random.choice(usable, count, replace=False).tolist())
 

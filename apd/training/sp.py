@@ -58,7 +58,21 @@ def training_losses(model: SPNet, images: Tensor, labels: Tensor, config: Config
     return losses
 
 
-def train_sp(run: Path, sources: Sources, validation: list[list[Sample]], config: Config, device: str) -> None:
+def check_sp(sources: Sources, config: Config) -> None:
+    """Raise now what would end stage 2 before its first step, and so waste a stage 1.
+
+    Raises:
+        InputError: too few identities, or a backbone or weights that are not to be had.
+    """
+    _sampler(sources, config)
+    build_spnet(config.model, (config.data.height, config.data.width), sources.identities)
+
+
+def _sampler(sources: Sources, config: Config) -> PKSampler:
+    return PKSampler(sources.labels, config.train.batch_size, config.train.instances, seed=config.seed)
+
+
+def train_sp(run: Path, sources: Sources, validation: list[list[Sample]], config: Config, device: str) -> float:
     """Train, or go on training, and write the network to the run.
 
     With identities held out for validation the weights of the best mAP on them are
@@ -71,6 +85,9 @@ def train_sp(run: Path, sources: Sources, validation: list[list[Sample]], config
         config: of the run.
         device: ``"cpu"`` or ``"cuda"``.
 
+    Returns:
+        the seconds it took, those before a restart included.
+
     Raises:
         InputError: too few identities, an unreadable image, or losses that are not finite.
     """
@@ -80,11 +97,11 @@ def train_sp(run: Path, sources: Sources, validation: list[list[Sample]], config
     checkpoint = load_checkpoint(run, STAGE)
     torch.manual_seed(config.seed)
     model = build_spnet(config.model, size, sources.identities, load=checkpoint is None)
-    start, seconds, best = 0, 0.0, -1.0
+    start, logged, best = 0, None, -1.0
     optimizer = make_optimizer(model, options)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     if checkpoint is not None:
-        start, seconds, best = checkpoint["step"], checkpoint["seconds"], checkpoint["best"]
+        start, logged, best = checkpoint["step"], checkpoint["log"], checkpoint["best"]
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         if accelerator.scaler is not None:
@@ -98,7 +115,7 @@ def train_sp(run: Path, sources: Sources, validation: list[list[Sample]], config
     labels = torch.from_numpy(sources.labels)
     batches = training_batches(
         ImageStore(sources.paths, size, cache=config.data.cache),
-        PKSampler(sources.labels, options.batch_size, options.instances, seed=config.seed),
+        _sampler(sources, config),
         training_transform(config.data.flip, config.data.pad, config.data.erasing, model.mean_colour),
         seed=config.seed,
         start=start,
@@ -106,7 +123,7 @@ def train_sp(run: Path, sources: Sources, validation: list[list[Sample]], config
         workers=config.data.workers,
     )
     title = "baseline" if config.model.ssd == "none" else "SP-Net"
-    with StageLog(run, STAGE, title, start, steps, every=config.log_steps, seconds=seconds) as log:
+    with StageLog(run, STAGE, title, start, steps, every=config.log_steps, state=logged) as log:
 
         def save(step: int) -> None:
             log.flush()
@@ -115,7 +132,7 @@ def train_sp(run: Path, sources: Sources, validation: list[list[Sample]], config
                 "optimizer": optimizer.state_dict(),
                 "scaler": {} if accelerator.scaler is None else accelerator.scaler.state_dict(),
             }
-            save_checkpoint(run, STAGE, step, {**state, "seconds": log.seconds, "best": best})
+            save_checkpoint(run, STAGE, step, {**state, "log": log.state(), "best": best})
 
         clock = CheckpointClock(config.checkpoint_minutes, save)
         model.train()
@@ -143,9 +160,9 @@ def train_sp(run: Path, sources: Sources, validation: list[list[Sample]], config
                 if score > best:
                     best = score
                     save_tensors(run / WEIGHTS, model)
-            if log.due(step):
-                clock.tick(step)
+            clock.tick(step)
         if start < steps:
             clock.save(steps)
     if not held_out:
         save_tensors(run / WEIGHTS, model)
+    return log.seconds

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,14 +18,14 @@ from apd.config import Config
 from apd.config_files import save_config
 from apd.data.market import FOLDERS, ReidFolder, Sample, count_samples, read_market
 from apd.display import console, count
-from apd.errors import InputError
+from apd.errors import DataWarning, InputError
 from apd.models.spnet import build_spnet
 from apd.models.trunk import TransformerTrunk, Trunk, build_trunk, resolve_trunk
 from apd.run import CONFIG, GENERATOR, INFO, WEIGHTS, Run, update_info
 from apd.synthesis import synthesize
 from apd.training.mpg import train_mpg
 from apd.training.sources import Sources, gather_sources
-from apd.training.sp import train_sp
+from apd.training.sp import check_sp, train_sp
 from apd.training.validation import evaluate_samples
 
 BASELINE = "baseline"  # folder of the trunk's run
@@ -41,15 +41,21 @@ def start_run(path: Path, config: Config, data: Sequence[Path]) -> Run:
         data: folders of the source domains.
 
     Raises:
-        InputError: the folder holds a run, or a source has no training images.
+        InputError: the folder holds a run, or the data or the configuration cannot be used; then no folder is made.
     """
     if (path / CONFIG).exists():
         raise InputError(f"{path}: there is a run already; choose another --output, or go on with it by --resume")
-    for folder in data:
-        if not (folder / FOLDERS["train"]).is_dir():
-            raise InputError(
-                f"{folder}: no folder {FOLDERS['train']}: expected a data set in the layout of Market-1501"
-            )
+    if len({folder.resolve() for folder in data}) < len(data):
+        raise InputError(
+            f"{', '.join(map(str, data))}: expected different folders; one that is named twice would count each of its "
+            "people as two"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)  # they are given when the training begins
+        train_images = [read_market(folder, ("train",)).train for folder in data]
+    sources, _ = gather_sources(train_images, config.train.validation_identities, config.seed)
+    check_sp(sources, config)
+    config = _with_absolute_paths(config)
     path.mkdir(parents=True, exist_ok=True)
     update_info(
         path,
@@ -88,23 +94,28 @@ def train_run(run: Run, device: str) -> dict[str, Any]:
             trunk = make_trunk(run, device)
             console.print(f"MPG-Net: ψ and φ of {trunk.name}", soft_wrap=True)
             update_info(path, trunk=trunk.name)
-            with _timed(path, "mpg"):
-                train_mpg(path, sources, trunk, config, device)
-        with _timed(path, "synthesize"):
-            sources = _synthesized(run, folders, sources, device)
+            _took(path, "mpg", train_mpg(path, sources, trunk, config, device))
+        start = time.perf_counter()
+        sources = _synthesized(run, folders, sources, device)
+        _took(path, "synthesize", run.info().get("seconds", {}).get("synthesize", 0.0) + time.perf_counter() - start)
     if not (path / WEIGHTS).is_file() or config.train.validation_identities:
-        with _timed(path, "sp"):
-            train_sp(path, sources, validation, config, device)
+        _took(path, "sp", train_sp(path, sources, validation, config, device))
     _report(run, folders, sources, device)
     return run.info()
 
 
 def make_trunk(run: Run, device: str) -> Trunk:
-    """ψ and φ as configured; ``self`` trains the baseline first, in the run's folder ``baseline``, or takes a run's."""
+    """ψ and φ as configured; ``self`` trains the baseline first, in the run's folder ``baseline``, or takes a run's.
+
+    What ``auto`` stands for is decided once: a run that goes on has the ψ and φ that it began with, or an error.
+    """
     options = run.config.mpg
-    name = resolve_trunk(options.trunk, options.trunk_weights)
-    if name != "self":
-        return build_trunk(name, options.trunk_weights)
+    name = run.info().get("trunk_choice") or resolve_trunk(options.trunk, options.trunk_weights)
+    torch.manual_seed(run.config.seed)  # the weights of random:NAME
+    trunk = None if name == "self" else build_trunk(name, options.trunk_weights)
+    update_info(run.path, trunk_choice=name)
+    if trunk is not None:
+        return trunk
     if options.trunk_weights is not None:
         baseline = Run(options.trunk_weights)
     else:
@@ -122,15 +133,20 @@ def make_trunk(run: Run, device: str) -> Trunk:
     return TransformerTrunk(baseline.load_network(), "self: the baseline, trained on the sources")
 
 
-@contextmanager
-def _timed(path: Path, stage: str) -> Iterator[None]:
-    """Add to the seconds of a stage in run.json."""
-    start = time.perf_counter()
-    yield
-    seconds = Run(path).info().get("seconds", {})
-    seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 1)
-    update_info(path, seconds=seconds)
-    console.print(f"{stage}: {seconds[stage]:.0f} s", style="dim")
+def _with_absolute_paths(config: Config) -> Config:
+    """A run may go on from another folder than it was begun in."""
+    mpg, model = config.mpg, config.model
+    if mpg.trunk_weights is not None:
+        mpg = replace(mpg, trunk_weights=str(Path(mpg.trunk_weights).absolute()))
+    if model.pretrained not in ("timm", "none"):
+        model = replace(model, pretrained=str(Path(model.pretrained).absolute()))
+    return replace(config, mpg=mpg, model=model)
+
+
+def _took(path: Path, stage: str, seconds: float) -> None:
+    """Write down what a stage took, the time before a restart included."""
+    update_info(path, seconds={**Run(path).info().get("seconds", {}), stage: round(seconds, 1)})
+    console.print(f"{stage}: {seconds:.0f} s", style="dim")
 
 
 def _read_source(path: Path) -> ReidFolder:
@@ -170,7 +186,7 @@ def _report(run: Run, folders: Sequence[ReidFolder], sources: Sources, device: s
     trained = run.load_model(device)
     results = {}
     for folder in folders:
-        if not folder.query:
+        if not _has_answers(folder):
             continue
         found: dict[str, dict[str, float]] = {}
         for name, model in (("step 0", untrained), ("end", trained)):
@@ -183,6 +199,13 @@ def _report(run: Run, folders: Sequence[ReidFolder], sources: Sources, device: s
             )
         results[str(folder.path)] = found
     update_info(run.path, own_test=results, finished=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+
+
+def _has_answers(folder: ReidFolder) -> bool:
+    """Whether any query has an image of its identity in another camera."""
+    seen = {(sample.pid, sample.camid) for sample in folder.gallery}
+    cameras = {camid for _, camid in seen}
+    return any((query.pid, camid) in seen for query in folder.query for camid in cameras - {query.camid})
 
 
 def _counts(samples: Sequence[Sample]) -> str:

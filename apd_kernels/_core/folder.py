@@ -71,12 +71,11 @@ def save_folder(
         files: for each data file, ``"<name>.<extension>"`` in lower-case letters, the function that writes it.
         error: raised when `path` is something else than such a folder, an empty folder or nothing.
     """
-    if path.exists() and not path.is_dir():
-        raise error(f"{path}: expected a folder to save to, found a file")
+    check_replaceable(path, format, error)
     made = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
     with _exclusive(path):
-        _check_replaceable(path, format, error)
+        check_replaceable(path, format, error)
         try:
             _write(path, {"format": format, "version": version, **fields}, files)
         finally:
@@ -189,8 +188,12 @@ def _checked_files(path: Path, manifest: dict[str, Any], error: type[ValueError]
     return files
 
 
-def _check_replaceable(path: Path, format: str, error: type[ValueError]) -> None:
+def check_replaceable(path: Path, format: str, error: type[ValueError]) -> None:
     """Nothing but our own is ever replaced: an empty folder, an unfinished first save, or the same format."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise error(f"{path}: expected a folder to save to, found a file")
     entries = {entry.name for entry in path.iterdir()}
     if MANIFEST not in entries:
         if all(_OURS.fullmatch(name) for name in entries):
