@@ -3,28 +3,51 @@
 from apd_kernels import nn
 from apd_kernels._core.backend import use_backend
 from apd_kernels.distance import pairwise_distance
+from apd_kernels.distributed import GatheredBatch, gather_features
 from apd_kernels.gallery import Gallery, GalleryError, SearchResult
 from apd_kernels.losses import triplet_loss
+from apd_kernels.memory import ClusterMemory, CrossBatchMemory
 from apd_kernels.mining import HardPairs, Pair, batch_hard
+from apd_kernels.neighbors import Neighbors, knn
 from apd_kernels.perturb import metric_perturb
 from apd_kernels.perturbation import metric_perturbation_loss
 from apd_kernels.ranking import RankMetrics, rank_metrics
+from apd_kernels.rerank import (
+    ExpandedFeatures,
+    RerankedDistances,
+    jaccard_distance,
+    k_reciprocal_rerank,
+    k_reciprocal_rerank_from_distances,
+    query_expansion,
+)
 from apd_kernels.ssd import DisentangledMaps, identity_derangement, ssd_mask
 
 __all__ = [
+    "ClusterMemory",
+    "CrossBatchMemory",
     "DisentangledMaps",
+    "ExpandedFeatures",
     "Gallery",
     "GalleryError",
+    "GatheredBatch",
     "HardPairs",
+    "Neighbors",
     "Pair",
     "RankMetrics",
+    "RerankedDistances",
     "SearchResult",
     "batch_hard",
+    "gather_features",
     "identity_derangement",
+    "jaccard_distance",
+    "k_reciprocal_rerank",
+    "k_reciprocal_rerank_from_distances",
+    "knn",
     "metric_perturb",
     "metric_perturbation_loss",
     "nn",
     "pairwise_distance",
+    "query_expansion",
     "rank_metrics",
     "ssd_mask",
     "triplet_loss",

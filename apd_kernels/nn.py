@@ -1,4 +1,4 @@
-"""The training operations as modules: each holds its configuration and nothing else; no parameters, no state."""
+"""The training operations as modules that hold their configuration and nothing else; the memories, which are state."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.nn import Module
 
 from apd_kernels.losses import triplet_loss
+from apd_kernels.memory import ClusterMemory, CrossBatchMemory
 from apd_kernels.perturb import metric_perturb
 from apd_kernels.perturbation import metric_perturbation_loss
 from apd_kernels.ssd import DisentangledMaps, identity_derangement, ssd_mask
 
-__all__ = ["MetricPerturb", "MetricPerturbationLoss", "SSDMask", "TripletLoss"]
+__all__ = ["ClusterMemory", "CrossBatchMemory", "MetricPerturb", "MetricPerturbationLoss", "SSDMask", "TripletLoss"]
 
 
 class _Configured(Module):

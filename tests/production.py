@@ -6,14 +6,22 @@ from collections.abc import Callable
 
 import torch
 
-from apd_kernels.kernels import distance, losses, mining, perturb, perturbation, ranking, ssd
+from apd_kernels.kernels import distance, losses, memory, mining, neighbors, perturb, perturbation, ranking, ssd
 
 CASES: list[Callable[[], None]] = []
 
 OVER_SIZES: list[Callable[[], None]] = []
 """Operations at every batch size from 1 to 300."""
 
-MATRIX_KERNELS = {"_count_negatives", "_distance", "_gradient", "_mine", "_same_identity"}
+MATRIX_KERNELS = {
+    "_collect",
+    "_count_negatives",
+    "_distance",
+    "_gradient",
+    "_group_maxima",
+    "_mine",
+    "_same_identity",
+}
 """Kernels built on a matrix product: they must use the tensor cores."""
 
 
@@ -174,6 +182,49 @@ def ranking_tensor_cores() -> None:
     _ranking(3368, 19732, dtype=torch.float16)
 
 
+def _neighbors(
+    queries: int,
+    images: int,
+    k: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    precision: str = "fp32",
+    metric: str = "euclidean",
+    excluding: bool = False,
+) -> None:
+    euclidean, half = metric == "euclidean", dtype != torch.float32
+    query, gallery = _rows(queries, 2048, dtype=dtype), _rows(images, 2048, dtype=dtype)
+    left_out: tuple[torch.Tensor | None, ...] = (None,) * 4
+    if excluding:
+        mask = torch.empty(queries, images, dtype=torch.bool, device="meta")
+        left_out = _indices(queries), _indices(images), _indices(queries), mask
+    operands = query, gallery, _rows(images) if euclidean else None, *left_out
+    neighbors.group_maxima(*operands, k, 4, precision)
+    last = torch.empty(queries, dtype=torch.int32, device="meta")
+    neighbors.collect(*operands, _rows(queries), last, 8 * k + 64, precision)
+    scale = torch.empty((), device="meta") if euclidean and not half else None
+    neighbors.pair_sums(query, gallery, scale, _indices(queries, k), metric == "dot")
+
+
+@case
+def neighbors_fp32() -> None:
+    _neighbors(11659, 82161, 100)
+    _neighbors(11659, 82161, 2048, metric="dot")
+
+
+@case
+def neighbors_excluding() -> None:
+    _neighbors(3368, 19732, 100, excluding=True)
+    _neighbors(3368, 19732, 100, excluding=True, dtype=torch.float16)
+
+
+@case
+def neighbors_tensor_cores() -> None:
+    _neighbors(3368, 19732, 100, precision="tf32")
+    _neighbors(3368, 19732, 100, precision="bf16")
+    _neighbors(3368, 19732, 100, dtype=torch.bfloat16)
+
+
 def _maps(*shapes: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
     return [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
 
@@ -200,6 +251,26 @@ def ssd_one_channel() -> None:
     _ssd(features.contiguous(memory_format=torch.channels_last), [full, shared])
     tokens, shared = _maps((64, 210, 768), (64, 210, 1), dtype=torch.float32)
     _ssd(tokens[:, 1:], [shared[:, 1:]])
+
+
+def _memory(n: int, dimension: int, dtype: torch.dtype = torch.float32) -> None:
+    x, valid = _rows(n, dimension, dtype=dtype), torch.empty(30000, dtype=torch.bool, device="meta")
+    enqueued = torch.empty((), dtype=torch.int64, device="meta")
+    memory.enqueue(_rows(65536, dimension, dtype=dtype), _indices(65536), enqueued, x, _indices(n), 0)
+    memory.momentum_update(_rows(30000, dimension), valid, x, _indices(n), 0.2)
+
+
+@case
+def memories() -> None:
+    _memory(256, 2048)
+    _memory(256, 768, torch.bfloat16)
+    _memory(64, 8192)
+
+
+@over_sizes
+def memories_over_sizes() -> None:
+    for n in range(1, 301):
+        _memory(n, 2048)
 
 
 @over_sizes
@@ -248,3 +319,9 @@ def perturbation_loss_in_bank_over_sizes() -> None:
 def ranking_over_sizes() -> None:
     for n in range(1, 301):
         _ranking(n, 2 * n)
+
+
+@over_sizes
+def neighbors_over_sizes() -> None:
+    for n in range(1, 301):
+        _neighbors(n, 2 * n, 10 + n % 50, excluding=True)  # the width of groups, 4 or 32, is the one bucket

@@ -103,6 +103,8 @@ def test_repr_is_the_call() -> None:
         nn.MetricPerturbationLoss(),
         nn.MetricPerturb(0.1, epsilon_mode="relative", steps=5, norm="linf", random_start=True),
         nn.SSDMask(stacked=True),
+        nn.CrossBatchMemory(8, 2, dtype=torch.float16),
+        nn.ClusterMemory(8, 2, momentum=0.5),
     ]
     for module in modules:
         again = eval(repr(module), vars(nn))

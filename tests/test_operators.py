@@ -151,6 +151,20 @@ def ssd_mask_backward() -> list[tuple[Any, ...]]:
     ]
 
 
+@operator
+def enqueue() -> list[tuple[Any, ...]]:
+    rows, labels, x = torch.zeros(5, 4), torch.zeros(5, dtype=torch.int64), _leaf(3, 4).detach()
+    return [
+        (rows.clone(), labels.clone(), torch.tensor(count), x, LABELS[:3], skipped, "torch")
+        for count, skipped in ((0, 0), (4, 2))
+    ]
+
+
+@operator
+def momentum_update() -> list[tuple[Any, ...]]:
+    return [(torch.zeros(3, 4), torch.zeros(3, dtype=torch.bool), _leaf(6, 4).detach(), LABELS, 0.2, "torch")]
+
+
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name: str) -> None:
     overload = getattr(torch.ops.apd_kernels, name).default
