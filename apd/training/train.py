@@ -59,7 +59,7 @@ def start_run(path: Path, config: Config, data: Sequence[Path]) -> Run:
     path.mkdir(parents=True, exist_ok=True)
     update_info(
         path,
-        data=[str(folder.absolute()) for folder in data],
+        data=[str(folder.resolve()) for folder in data],
         started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions={"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
     )
