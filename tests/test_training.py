@@ -31,7 +31,7 @@ from apd.errors import DataWarning, InputError
 from apd.run import Run
 from apd.training.checkpoint import load_checkpoint, save_checkpoint
 from apd.training.log import read_metrics
-from apd.training.sources import gather_sources, split_validation
+from apd.training.sources import Sources, gather_sources, split_validation
 from apd.training.sp import rate, total_steps
 from apd.training.train import start_run, train_run
 
@@ -250,7 +250,12 @@ def test_images_of_stage_2(
     from apd.training import train as module
 
     seen = []
-    monkeypatch.setattr(module, "train_sp", lambda run, sources, *rest: seen.append(sources))
+
+    def record(run: Path, sources: Sources, *rest: object) -> float:
+        seen.append(sources)
+        return 0.0
+
+    monkeypatch.setattr(module, "train_sp", record)
     monkeypatch.setattr(module, "_report", lambda *rest: None)
     made = start_run(tmp_path / "run", load_config(None, [*TINY, f"data.train_on={train_on}"]), [data])
     shutil.copy(whole.path / "generator.safetensors", made.path)
