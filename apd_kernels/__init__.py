@@ -2,6 +2,7 @@
 
 from apd_kernels import nn
 from apd_kernels._core.backend import use_backend
+from apd_kernels.contrastive import circle_loss, supervised_contrastive_loss
 from apd_kernels.distance import pairwise_distance
 from apd_kernels.distributed import GatheredBatch, gather_features
 from apd_kernels.gallery import Gallery, GalleryError, SearchResult
@@ -9,8 +10,10 @@ from apd_kernels.losses import triplet_loss
 from apd_kernels.memory import ClusterMemory, CrossBatchMemory
 from apd_kernels.mining import HardPairs, Pair, batch_hard
 from apd_kernels.neighbors import Neighbors, knn
+from apd_kernels.paired import paired_distance
 from apd_kernels.perturb import metric_perturb
 from apd_kernels.perturbation import metric_perturbation_loss
+from apd_kernels.prepared import PreparedRows, prepare_rows
 from apd_kernels.ranking import RankMetrics, rank_metrics
 from apd_kernels.rerank import (
     ExpandedFeatures,
@@ -21,6 +24,7 @@ from apd_kernels.rerank import (
     query_expansion,
 )
 from apd_kernels.ssd import DisentangledMaps, identity_derangement, ssd_mask
+from apd_kernels.weighting import WeightedPairs, weighted_pairs
 
 __all__ = [
     "ClusterMemory",
@@ -33,10 +37,13 @@ __all__ = [
     "HardPairs",
     "Neighbors",
     "Pair",
+    "PreparedRows",
     "RankMetrics",
     "RerankedDistances",
     "SearchResult",
+    "WeightedPairs",
     "batch_hard",
+    "circle_loss",
     "gather_features",
     "identity_derangement",
     "jaccard_distance",
@@ -46,10 +53,14 @@ __all__ = [
     "metric_perturb",
     "metric_perturbation_loss",
     "nn",
+    "paired_distance",
     "pairwise_distance",
+    "prepare_rows",
     "query_expansion",
     "rank_metrics",
     "ssd_mask",
+    "supervised_contrastive_loss",
     "triplet_loss",
     "use_backend",
+    "weighted_pairs",
 ]

@@ -6,23 +6,19 @@ from typing import Any
 
 from torch import Tensor
 
-from apd_kernels._core.backend import resolve_backend
-from apd_kernels._core.checks import check_choice, check_comparable, check_features
 from apd_kernels._core.operators import differentiable, first_derivatives_only, internal_dtype, operator
-from apd_kernels._core.precision import resolve_precision
-from apd_kernels._core.rows import unit_rows
-
-METRICS = ("euclidean", "sqeuclidean", "cosine", "dot")
+from apd_kernels.prepared import Operands, PreparedRows, checked_operands
 
 
 def pairwise_distance(
-    x: Tensor, y: Tensor | None = None, *, metric: str = "euclidean", precision: str | None = None
+    x: Tensor, y: Tensor | PreparedRows | None = None, *, metric: str = "euclidean", precision: str | None = None
 ) -> Tensor:
     """Distances between all rows of two feature sets; smaller is nearer.
 
     Args:
         x: features, shape (N, D) or (S, N, D) for S independent sets; float16, bfloat16, float32 or float64.
-        y: features, shape (M, D) or (S, M, D), dtype and device as `x`; `x` itself when None.
+        y: features, shape (M, D) or (S, M, D), dtype and device as `x`, or `prepare_rows` of them; `x` itself when
+            None.
         metric: ``"euclidean"`` ‖x−y‖, ``"sqeuclidean"`` ‖x−y‖², ``"cosine"`` 1 − cos (1 for a zero row),
             ``"dot"`` −x·y.
         precision: of float32 products on tensor cores: ``"fp32"``, ``"tf32"`` or ``"bf16"``; None reads PyTorch's
@@ -43,18 +39,11 @@ def pairwise_distance(
     tensor([[0., 5.],
             [5., 0.]])
     """
-    check_features("x", x)
-    if y is not None:
-        check_comparable("y", y, "x", x)
-    check_choice("metric", metric, METRICS)
-    precision = resolve_precision(precision)
-    backend = resolve_backend(x)
-    if metric == "cosine":
-        x, y = unit_rows(x), None if y is None else unit_rows(y)
-    return _pairwise_distance(x, y, metric, precision, backend)
+    x, rows, prepared, precision, backend = checked_operands(x, y, metric, precision)
+    return _pairwise_distance(x, rows, *prepared, metric, precision, backend)
 
 
-def _fake(x: Tensor, y: Tensor | None, metric: str, precision: str, backend: str) -> Tensor:
+def _fake(x: Tensor, y: Tensor | None, *_: Any) -> Tensor:
     columns = x.shape[-2] if y is None else y.shape[-2]
     return x.new_empty((*x.shape[:-1], columns), dtype=internal_dtype(x))
 
@@ -75,8 +64,9 @@ def _fake_backward(
 
 _pairwise_distance = operator(
     "distance",
-    "pairwise_distance(Tensor x, Tensor? y, str metric, str precision, str backend) -> Tensor",
+    f"pairwise_distance(Tensor x, Tensor? y, {Operands.SCHEMA}, str metric, str precision, str backend) -> Tensor",
     fake=_fake,
+    grouped=(Operands,),
 )
 _pairwise_distance_backward = operator(
     "distance",
@@ -88,16 +78,17 @@ first_derivatives_only(_pairwise_distance_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, y, *ctx.choices = inputs
+    x, y, *_, metric, precision, backend = inputs
     ctx.save_for_backward(output, x, y)
+    ctx.choices, ctx.inputs = (metric, precision, backend), len(inputs)
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     distance, x, y = ctx.saved_tensors
     *choices, backend = ctx.choices
     needs_x, needs_y = ctx.needs_input_grad[:2]
     for_x, for_y = _pairwise_distance_backward(gradient, distance, x, y, *choices, needs_x, needs_y, backend)
-    return for_x if needs_x else None, for_y if needs_y else None, None, None, None
+    return for_x if needs_x else None, for_y if needs_y else None, *(None,) * (ctx.inputs - 2)
 
 
 differentiable(_pairwise_distance, _setup_context, _backward)

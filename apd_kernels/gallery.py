@@ -15,7 +15,7 @@ from torch import Tensor
 
 from apd_kernels._core.checks import check_choice, check_features
 from apd_kernels._core.folder import HashingWriter, check_replaceable, load_folder, save_folder
-from apd_kernels.distance import METRICS
+from apd_kernels.prepared import METRICS
 
 FORMAT = "apd-kernels gallery"
 VERSION = 1

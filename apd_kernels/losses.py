@@ -7,23 +7,29 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from apd_kernels._core.backend import resolve_backend
 from apd_kernels._core.checks import check_number
 from apd_kernels._core.operators import differentiable, internal_dtype, operator
-from apd_kernels._core.precision import resolve_precision
-from apd_kernels.mining import Pair, checked_rows, pair_gradient
+from apd_kernels._core.pairing import Pairing, checked_pairing
+from apd_kernels.mining import Pair, gradients, pair_gradient
+from apd_kernels.prepared import Operands, PreparedRows, checked_operands
 
 
 @overload
 def triplet_loss(
     x: Tensor,
     labels: Tensor,
-    y: Tensor | None = ...,
+    y: Tensor | PreparedRows | None = ...,
     y_labels: Tensor | None = ...,
     *,
     margin: float | None = ...,
     metric: str = ...,
     precision: str | None = ...,
+    own: Tensor | None = ...,
+    y_valid: Tensor | None = ...,
+    domains: Tensor | None = ...,
+    y_domains: Tensor | None = ...,
+    positives: str = ...,
+    negatives: str = ...,
     indices: tuple[Tensor, Tensor] | None = ...,
     reverse: bool = ...,
     return_indices: Literal[False] = ...,
@@ -32,12 +38,18 @@ def triplet_loss(
 def triplet_loss(
     x: Tensor,
     labels: Tensor,
-    y: Tensor | None = ...,
+    y: Tensor | PreparedRows | None = ...,
     y_labels: Tensor | None = ...,
     *,
     margin: float | None = ...,
     metric: str = ...,
     precision: str | None = ...,
+    own: Tensor | None = ...,
+    y_valid: Tensor | None = ...,
+    domains: Tensor | None = ...,
+    y_domains: Tensor | None = ...,
+    positives: str = ...,
+    negatives: str = ...,
     indices: tuple[Tensor, Tensor] | None = ...,
     reverse: bool = ...,
     return_indices: Literal[True],
@@ -45,12 +57,18 @@ def triplet_loss(
 def triplet_loss(
     x: Tensor,
     labels: Tensor,
-    y: Tensor | None = None,
+    y: Tensor | PreparedRows | None = None,
     y_labels: Tensor | None = None,
     *,
     margin: float | None = 0.3,
     metric: str = "euclidean",
     precision: str | None = None,
+    own: Tensor | None = None,
+    y_valid: Tensor | None = None,
+    domains: Tensor | None = None,
+    y_domains: Tensor | None = None,
+    positives: str = "all",
+    negatives: str = "all",
     indices: tuple[Tensor, Tensor] | None = None,
     reverse: bool = False,
     return_indices: bool = False,
@@ -62,7 +80,8 @@ def triplet_loss(
     have both; 0 where none has.
 
     Args:
-        x, labels, y, y_labels, metric, precision: as in `batch_hard`.
+        x, labels, y, y_labels, metric, precision, own, y_valid, domains, y_domains, positives, negatives: as in
+            `batch_hard`.
         margin: hinge margin, at least 0; None for the soft margin.
         indices: (positive, negative) winners to use instead of mining, each int64 (N,) or (S, N) as returned by
             `return_indices` or by `batch_hard` (``.indices``); anchors with a −1 are left out. An index
@@ -83,18 +102,16 @@ def triplet_loss(
     >>> triplet_loss(x, torch.tensor([7, 7, 8, 8]), margin=0.3)
     tensor(2.0250)
     """
-    x, y = checked_rows(x, labels, y, y_labels, metric)
+    x, rows, prepared, precision, backend = checked_operands(x, y, metric, precision)
+    pairing = checked_pairing(x, labels, rows, y_labels, own, domains, y_domains, y_valid, positives, negatives)
     if margin is not None:
         check_number("margin", margin)
         margin = float(margin)
-    backend = resolve_backend(x)
     if indices is not None:
         pair = _checked_indices(indices, x)
-        loss, _, _ = _triplet_loss_indexed(x, y, *pair, margin, reverse, metric, backend)
+        loss, _, _ = _triplet_loss_indexed(x, rows, *pair, margin, reverse, metric, backend)
     else:
-        loss, _, _, *winners = _triplet_loss(
-            x, labels, y, y_labels, margin, reverse, metric, resolve_precision(precision), backend
-        )
+        loss, _, _, *winners = _triplet_loss(x, rows, *prepared, *pairing, margin, reverse, metric, precision, backend)
         pair = Pair(*winners)
     return (loss, pair) if return_indices else loss
 
@@ -113,44 +130,25 @@ def _checked_indices(indices: tuple[Tensor, Tensor], x: Tensor) -> Pair:
     return Pair(*indices)
 
 
-def _fake_indexed(
-    x: Tensor,
-    y: Tensor | None,
-    positive_index: Tensor,
-    negative_index: Tensor,
-    margin: float | None,
-    reverse: bool,
-    metric: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_indexed(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype = internal_dtype(x)
     weights = x.new_empty(x.shape[:-1], dtype=dtype)
     return x.new_empty(x.shape[:-2], dtype=dtype), weights, torch.empty_like(weights)
 
 
-def _fake_mined(
-    x: Tensor,
-    labels: Tensor,
-    y: Tensor | None,
-    y_labels: Tensor | None,
-    margin: float | None,
-    reverse: bool,
-    metric: str,
-    precision: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake_mined(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     index = x.new_empty(x.shape[:-1], dtype=torch.int64)
-    loss, positive, negative = _fake_indexed(x, y, index, index, margin, reverse, metric, backend)
-    return loss, positive, negative, index, torch.empty_like(index)
+    return *_fake_indexed(x), index, torch.empty_like(index)
 
 
 # Besides the loss both return, for every anchor, the loss's derivative by d_p and by d_n per row difference
 # (∂L/∂d · 1/d for "euclidean"): all that the backward pass needs beyond the rows and the winners.
 _triplet_loss = operator(
     "losses",
-    "triplet_loss(Tensor x, Tensor labels, Tensor? y, Tensor? y_labels, float? margin, bool reverse, str metric, "
+    f"triplet_loss(Tensor x, Tensor? y, {Operands.SCHEMA}, {Pairing.SCHEMA}, float? margin, bool reverse, str metric, "
     "str precision, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_mined,
+    grouped=(Operands, Pairing),
 )
 _triplet_loss_indexed = operator(
     "losses",
@@ -161,43 +159,25 @@ _triplet_loss_indexed = operator(
 
 
 def _setup_mined(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, _, y, _, _, _, ctx.metric, _, ctx.backend = inputs
+    x, y, *_, ctx.metric, _, ctx.backend = inputs
     _, *rest = output
     ctx.mark_non_differentiable(*rest)
     ctx.save_for_backward(x, y, *rest)
-    ctx.x_y_of = (0, 2, len(inputs))
+    ctx.inputs = len(inputs)
 
 
 def _setup_indexed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, y, positive_index, negative_index, _, _, ctx.metric, ctx.backend = inputs
+    x, y, positive_index, negative_index, *_, ctx.metric, ctx.backend = inputs
     _, *weights = output
     ctx.mark_non_differentiable(*weights)
     ctx.save_for_backward(x, y, *weights, positive_index, negative_index)
-    ctx.x_y_of = (0, 1, len(inputs))
+    ctx.inputs = len(inputs)
 
 
-def _backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    x, y, positive_weights, negative_weights, positive_index, negative_index = ctx.saved_tensors
-    at_x, at_y, inputs = ctx.x_y_of
-    scale = gradient[..., None]
-    for_x, for_y = pair_gradient(
-        x,
-        y,
-        positive_weights * scale,
-        negative_weights * scale,
-        positive_index,
-        negative_index,
-        ctx.metric,
-        ctx.needs_input_grad[at_x],
-        ctx.needs_input_grad[at_y],
-        ctx.backend,
-    )
-    result: list[Tensor | None] = [None] * inputs
-    if ctx.needs_input_grad[at_x]:
-        result[at_x] = for_x
-    if ctx.needs_input_grad[at_y]:
-        result[at_y] = for_y
-    return tuple(result)
+def _backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    x, y, *weights_and_winners = ctx.saved_tensors
+    sides = pair_gradient(x, y, *weights_and_winners, gradient, ctx.metric, *ctx.needs_input_grad[:2], ctx.backend)
+    return gradients(ctx, *sides)
 
 
 differentiable(_triplet_loss, _setup_mined, _backward)

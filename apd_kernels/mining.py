@@ -7,12 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from apd_kernels._core.backend import resolve_backend
-from apd_kernels._core.checks import check_choice, check_comparable, check_features, check_integers
 from apd_kernels._core.operators import differentiable, first_derivatives_only, internal_dtype, operator
-from apd_kernels._core.precision import resolve_precision
-from apd_kernels._core.rows import per_difference, unit_rows
-from apd_kernels.distance import METRICS
+from apd_kernels._core.pairing import Pairing, checked_pairing
+from apd_kernels._core.rows import per_difference
+from apd_kernels.prepared import Operands, PreparedRows, checked_operands
 
 
 class Pair(NamedTuple):
@@ -33,11 +31,17 @@ class HardPairs(NamedTuple):
 def batch_hard(
     x: Tensor,
     labels: Tensor,
-    y: Tensor | None = None,
+    y: Tensor | PreparedRows | None = None,
     y_labels: Tensor | None = None,
     *,
     metric: str = "euclidean",
     precision: str | None = None,
+    own: Tensor | None = None,
+    y_valid: Tensor | None = None,
+    domains: Tensor | None = None,
+    y_domains: Tensor | None = None,
+    positives: str = "all",
+    negatives: str = "all",
 ) -> HardPairs:
     """Each anchor's farthest row of the same identity and nearest row of another one, without a distance matrix.
 
@@ -47,11 +51,17 @@ def batch_hard(
     Args:
         x: anchors, shape (N, D) or (S, N, D) for S feature sets with the same labels.
         labels: identity of each anchor, shape (N,), any integer dtype.
-        y: rows to choose from, shape (M, D) or (S, M, D); the anchors themselves when None, each anchor excluded from
-            its own choice.
+        y: rows to choose from, shape (M, D) or (S, M, D), or `prepare_rows` of them; the anchors themselves when None,
+            each anchor excluded from its own choice.
         y_labels: identity of each row of `y`, shape (M,).
         metric: ``"euclidean"``, ``"sqeuclidean"``, ``"cosine"`` or ``"dot"``, as in `pairwise_distance`.
         precision: of the products that choose the winners, as in `pairwise_distance`.
+        own: the row of `y` that is the anchor itself and not to be chosen by it, shape (N,), any integer dtype; −1 for
+            none. For a batch gathered from all ranks: ``start + torch.arange(N)``.
+        y_valid: rows of `y` that may be chosen at all, bool (M,).
+        domains, y_domains: domain (data set, camera) of each anchor and each row of `y`, (N,) and (M,), any integer
+            dtype.
+        positives, negatives: ``"all"``, or only those ``"within"`` the anchor's domain or ``"across"``, from others.
 
     Returns:
         `HardPairs` ``(distances, indices, valid)``; the first two are ``(positive, negative)`` pairs. Equal distances
@@ -69,10 +79,10 @@ def batch_hard(
     >>> mined.indices.negative
     tensor([2, 2, 1, 1])
     """
-    x, y = checked_rows(x, labels, y, y_labels, metric)
-    backend = resolve_backend(x)
+    x, rows, prepared, precision, backend = checked_operands(x, y, metric, precision)
+    pairing = checked_pairing(x, labels, rows, y_labels, own, domains, y_domains, y_valid, positives, negatives)
     positive, negative, positive_index, negative_index = _batch_hard(
-        x, labels, y, y_labels, metric, resolve_precision(precision), backend
+        x, rows, *prepared, *pairing, metric, precision, backend
     )
     return HardPairs(
         distances=Pair(positive, negative),
@@ -81,27 +91,7 @@ def batch_hard(
     )
 
 
-def checked_rows(
-    x: Tensor, labels: Tensor, y: Tensor | None, y_labels: Tensor | None, metric: str
-) -> tuple[Tensor, Tensor | None]:
-    """Check what mining takes; x and y as the operators take them, of unit length for "cosine"."""
-    check_features("x", x)
-    check_integers("labels", labels, x.shape[-2], x.device)
-    if (y is None) != (y_labels is None):
-        given, missing = ("y", "y_labels") if y_labels is None else ("y_labels", "y")
-        raise ValueError(f"{missing}: expected with {given}, got None")
-    if y is not None and y_labels is not None:
-        check_comparable("y", y, "x", x)
-        check_integers("y_labels", y_labels, y.shape[-2], x.device)
-    check_choice("metric", metric, METRICS)
-    if metric == "cosine":
-        return unit_rows(x), None if y is None else unit_rows(y)
-    return x, y
-
-
-def _fake(
-    x: Tensor, labels: Tensor, y: Tensor | None, y_labels: Tensor | None, metric: str, precision: str, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     distance = x.new_empty(x.shape[:-1], dtype=internal_dtype(x))
     index = x.new_empty(x.shape[:-1], dtype=torch.int64)
     return distance, torch.empty_like(distance), index, torch.empty_like(index)
@@ -114,6 +104,7 @@ def _fake_gradient(
     negative_weights: Tensor,
     positive_index: Tensor,
     negative_index: Tensor,
+    scale: Tensor | None,
     metric: str,
     for_x: bool,
     for_y: bool,
@@ -124,27 +115,30 @@ def _fake_gradient(
 
 _batch_hard = operator(
     "mining",
-    "batch_hard(Tensor x, Tensor labels, Tensor? y, Tensor? y_labels, str metric, str precision, str backend) "
+    f"batch_hard(Tensor x, Tensor? y, {Operands.SCHEMA}, {Pairing.SCHEMA}, str metric, str precision, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
+    grouped=(Operands, Pairing),
 )
+# The weights are those of row differences, times `scale` of the set, (S,) or 0-d.
 pair_gradient = operator(
     "mining",
     "pair_gradient(Tensor x, Tensor? y, Tensor positive_weights, Tensor negative_weights, Tensor positive_index, "
-    "Tensor negative_index, str metric, bool for_x, bool for_y, str backend) -> (Tensor, Tensor)",
+    "Tensor negative_index, Tensor? scale, str metric, bool for_x, bool for_y, str backend) -> (Tensor, Tensor)",
     fake=_fake_gradient,
 )
 first_derivatives_only(pair_gradient)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, _, y, _, ctx.metric, _, ctx.backend = inputs
+    x, y, *_, ctx.metric, _, ctx.backend = inputs
     positive, negative, positive_index, negative_index = output
     ctx.mark_non_differentiable(positive_index, negative_index)
     ctx.save_for_backward(x, y, positive, negative, positive_index, negative_index)
+    ctx.inputs = len(inputs)
 
 
-def _backward(ctx: Any, for_positive: Tensor, for_negative: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, for_positive: Tensor, for_negative: Tensor, *_: Tensor) -> tuple[Any, ...]:
     x, y, positive, negative, positive_index, negative_index = ctx.saved_tensors
     for_x, for_y = pair_gradient(
         x,
@@ -153,17 +147,19 @@ def _backward(ctx: Any, for_positive: Tensor, for_negative: Tensor, *_: Tensor) 
         per_difference(for_negative, negative, ctx.metric),
         positive_index,
         negative_index,
+        None,
         ctx.metric,
         ctx.needs_input_grad[0],
-        ctx.needs_input_grad[2],
+        ctx.needs_input_grad[1],
         ctx.backend,
     )
-    return (
-        for_x if ctx.needs_input_grad[0] else None,
-        None,
-        for_y if ctx.needs_input_grad[2] else None,
-        *(None,) * 4,
-    )
+    return gradients(ctx, for_x, for_y)
+
+
+def gradients(ctx: Any, for_x: Tensor, for_y: Tensor) -> tuple[Any, ...]:
+    """What a backward function returns for the operator's arguments (x, y, …)."""
+    sides = for_x if ctx.needs_input_grad[0] else None, for_y if ctx.needs_input_grad[1] else None
+    return *sides, *(None,) * (ctx.inputs - 2)
 
 
 differentiable(_batch_hard, _setup_context, _backward)

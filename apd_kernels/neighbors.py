@@ -26,7 +26,7 @@ from apd_kernels._core.checks import (
 from apd_kernels._core.compiler import outside_of_graphs
 from apd_kernels._core.operators import implementation_context, internal_dtype
 from apd_kernels._core.precision import resolve_precision
-from apd_kernels.distance import METRICS
+from apd_kernels.prepared import METRICS
 from apd_kernels.ranking import _half_squares, _largest, _scale, _sorted_rows
 
 

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
+from apd_kernels.contrastive import circle_loss, supervised_contrastive_loss
 from apd_kernels.losses import triplet_loss
 from apd_kernels.memory import ClusterMemory, CrossBatchMemory
 from apd_kernels.perturb import metric_perturb
 from apd_kernels.perturbation import metric_perturbation_loss
+from apd_kernels.prepared import PreparedRows
 from apd_kernels.ssd import DisentangledMaps, identity_derangement, ssd_mask
 
-__all__ = ["ClusterMemory", "CrossBatchMemory", "MetricPerturb", "MetricPerturbationLoss", "SSDMask", "TripletLoss"]
+__all__ = [
+    "CircleLoss",
+    "ClusterMemory",
+    "CrossBatchMemory",
+    "MetricPerturb",
+    "MetricPerturbationLoss",
+    "SSDMask",
+    "SupervisedContrastiveLoss",
+    "TripletLoss",
+]
 
 
 class _Configured(Module):
@@ -66,6 +78,74 @@ class TripletLoss(_Configured):
         """The loss of (N, D) or (S, N, D), also against a memory `y` or on given winners, as in `triplet_loss`."""
         return triplet_loss(
             x, labels, y, y_labels, margin=self.margin, metric=self.metric, reverse=self.reverse, indices=indices
+        )
+
+
+class CircleLoss(_Configured):
+    """Circle loss, see `circle_loss`.
+
+    Args:
+        margin, gamma: as in `circle_loss`.
+
+    >>> import torch
+    >>> from apd_kernels import nn
+    >>> criterion = nn.CircleLoss(gamma=32.0)
+    >>> criterion
+    CircleLoss(margin=0.25, gamma=32.0)
+    >>> criterion(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.5, 1.0]]), torch.tensor([7, 7, 8, 8]))
+    tensor(3.3074)
+    """
+
+    margin: float
+    gamma: float
+
+    def __init__(self, margin: float = 0.25, gamma: float = 128.0) -> None:
+        super().__init__(margin=margin, gamma=gamma)
+
+    def forward(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        y: Tensor | PreparedRows | None = None,
+        y_labels: Tensor | None = None,
+        **pairing: Any,
+    ) -> Tensor:
+        """The loss of (N, D) or (S, N, D), also against a memory `y`; ``own`` to ``negatives`` as in `circle_loss`."""
+        return circle_loss(x, labels, y, y_labels, margin=self.margin, gamma=self.gamma, **pairing)
+
+
+class SupervisedContrastiveLoss(_Configured):
+    """Supervised contrastive loss, see `supervised_contrastive_loss`.
+
+    Args:
+        temperature, metric: as in `supervised_contrastive_loss`.
+
+    >>> import torch
+    >>> from apd_kernels import nn
+    >>> criterion = nn.SupervisedContrastiveLoss(0.5)
+    >>> criterion
+    SupervisedContrastiveLoss(temperature=0.5, metric='cosine')
+    >>> criterion(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.5, 1.0]]), torch.tensor([7, 7, 8, 8]))
+    tensor(0.4471)
+    """
+
+    temperature: float
+    metric: str
+
+    def __init__(self, temperature: float = 0.1, metric: str = "cosine") -> None:
+        super().__init__(temperature=temperature, metric=metric)
+
+    def forward(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        y: Tensor | PreparedRows | None = None,
+        y_labels: Tensor | None = None,
+        **pairing: Any,
+    ) -> Tensor:
+        """The loss of (N, D) or (S, N, D), also against a memory `y`, and which pairs count as in `batch_hard`."""
+        return supervised_contrastive_loss(
+            x, labels, y, y_labels, temperature=self.temperature, metric=self.metric, **pairing
         )
 
 

@@ -22,7 +22,7 @@ from apd_kernels._core.compiler import outside_of_graphs
 from apd_kernels._core.operators import implementation_context, internal_dtype
 from apd_kernels._core.precision import resolve_precision
 from apd_kernels._core.rows import unit_rows
-from apd_kernels.distance import METRICS
+from apd_kernels.prepared import METRICS
 
 AVERAGE_PRECISIONS = ("rectangular", "trapezoidal")
 JUNK = -1  # the identity of gallery images that count neither for nor against

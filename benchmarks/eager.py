@@ -74,3 +74,33 @@ def rank_metrics(
         valid = match.any(1)
         precisions[-1], firsts[-1] = precisions[-1][valid], firsts[-1][valid]
     return torch.stack([torch.cat(precisions).mean(), torch.cat(firsts).float().mean()])
+
+
+def circle_loss(
+    x: Tensor, labels: Tensor, y: Tensor, y_labels: Tensor, margin: float = 0.25, gamma: float = 128.0
+) -> Tensor:
+    """As in fast-reid; an anchor is not its own positive where y is x."""
+    s = F.normalize(x) @ F.normalize(y).t()
+    positive = labels[:, None] == y_labels
+    negative = ~positive
+    if y is x:
+        positive = positive.clone().fill_diagonal_(False)
+    of_positives = -gamma * (1 + margin - s.detach()).clamp(min=0) * (s - 1 + margin)
+    of_negatives = gamma * (s.detach() + margin).clamp(min=0) * (s - margin)
+    sums = [
+        logits.masked_fill(~mask, -torch.inf).logsumexp(1)
+        for logits, mask in ((of_positives, positive), (of_negatives, negative))
+    ]
+    return F.softplus(sums[0] + sums[1]).mean()
+
+
+def supervised_contrastive_loss(
+    x: Tensor, labels: Tensor, y: Tensor, y_labels: Tensor, temperature: float = 0.1
+) -> Tensor:
+    logits = F.normalize(x) @ F.normalize(y).t() / temperature
+    positive = labels[:, None] == y_labels
+    if y is x:
+        positive = positive.clone().fill_diagonal_(False)
+        logits = logits.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), -torch.inf)
+    terms = logits.logsumexp(1, keepdim=True) - logits
+    return (terms.masked_fill(~positive, 0).sum(1) / positive.sum(1)).mean()

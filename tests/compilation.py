@@ -37,6 +37,8 @@ class Compiled:
     registers: int
     spilled: int  # bytes of stack or local memory
     matrix_instructions: int
+    float_operations: int  # FFMA and FADD, among them those that add the chunks of a product to its accumulator
+    tile: int  # elements of an accumulator in one thread's registers, 0 without a BM × BN tile
 
 
 def compile_launches(case: str, architecture: int) -> list[Compiled]:
@@ -95,6 +97,8 @@ def _compile(launch: Any, architecture: int) -> Compiled:
         registers=registers,
         spilled=spilled,
         matrix_instructions=len(re.findall(MATRIX_INSTRUCTION[architecture], code)),
+        float_operations=len(re.findall(r"\b(?:FFMA|FADD)2?\b", code)),
+        tile=launch.options.get("BM", 0) * launch.options.get("BN", 0) // (32 * launch.options.get("num_warps", 4)),
     )
 
 
@@ -113,6 +117,8 @@ def _type(
         if specialize and value % 16 == 0:
             attributes[path] = [["tt.divisibility", 16]]
         return "i32" if -(2**31) <= value < 2**31 else "i64"
+    if hasattr(value, "block_shape"):
+        return f"tensordesc<{_TYPES[str(value.base.dtype)]}{list(value.block_shape)}>"
     if specialize:  # the caching allocator aligns every tensor to 512 bytes
         attributes[path] = [["tt.divisibility", 16]]
     return "*" + _TYPES[str(value.dtype)]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,13 +25,52 @@ def distances(x: Tensor, y: Tensor, metric: str) -> Tensor:
     return torch.where(squared == 0, 0, torch.where(squared == 0, 1, squared).sqrt())
 
 
-def masks(labels: Tensor, y_labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Positives and negatives of each anchor, (N, M); without y_labels an anchor is not its own positive."""
-    same = labels[:, None] == (labels if y_labels is None else y_labels)[None, :]
-    positive = same.clone()
-    if y_labels is None:
-        positive.fill_diagonal_(False)
-    return positive, ~same
+def masks(
+    labels: Tensor,
+    y_labels: Tensor | None = None,
+    *,
+    own: Tensor | None = None,
+    y_valid: Tensor | None = None,
+    domains: Tensor | None = None,
+    y_domains: Tensor | None = None,
+    positives: str = "all",
+    negatives: str = "all",
+) -> tuple[Tensor, Tensor]:
+    """Positives and negatives of each anchor, (N, M), pair by pair; without y_labels an anchor is not its own."""
+    columns = labels if y_labels is None else y_labels
+    column_domains = domains if y_labels is None else y_domains
+    positive = torch.zeros(len(labels), len(columns), dtype=torch.bool)
+    negative = torch.zeros_like(positive)
+    for i, label in enumerate(labels.tolist()):
+        for j, other in enumerate(columns.tolist()):
+            if y_labels is None and i == j:
+                continue
+            if (own is not None and int(own[i]) == j) or (y_valid is not None and not y_valid[j]):
+                continue
+            rule = positives if label == other else negatives
+            if domains is not None and rule != "all":
+                same_domain = int(domains[i]) == int(column_domains[j])
+                if same_domain != (rule == "within"):
+                    continue
+            (positive if label == other else negative)[i, j] = True
+    return positive, negative
+
+
+def pairing_options(choose: random.Random, n: int, m: int | None) -> dict[str, Any]:
+    """Some of own, y_valid, domains and their rules, for n anchors and m other rows (None: the anchors themselves)."""
+    options: dict[str, Any] = {}
+    generator = torch.Generator().manual_seed(choose.randint(0, 10**6))
+    if m is not None and m > 0 and choose.random() < 0.5:
+        options["own"] = torch.randint(-1, m, (n,), generator=generator)
+    if m is not None and choose.random() < 0.5:
+        options["y_valid"] = torch.rand(m, generator=generator) < 0.8
+    if choose.random() < 0.6:
+        options["domains"] = torch.randint(0, 3, (n,), generator=generator)
+        if m is not None:
+            options["y_domains"] = torch.randint(0, 3, (m,), generator=generator)
+        options["positives"] = choose.choice(("all", "within", "across"))
+        options["negatives"] = choose.choice(("all", "within", "across"))
+    return options
 
 
 def features(
@@ -65,3 +107,26 @@ def assert_close(actual: Tensor, expected: Tensor, relative: float, what: str = 
     error = (actual - expected).abs().max().item()
     bound = relative * max(expected.abs().max().item(), scale)
     assert error <= bound, f"{what}: off by {error:.3g}, allowed {bound:.3g}"
+
+
+def ruled_masks(
+    labels: Tensor,
+    y_labels: Tensor | None,
+    *,
+    own: Tensor | None = None,
+    y_valid: Tensor | None = None,
+    domains: Tensor | None = None,
+    y_domains: Tensor | None = None,
+    positives: str = "all",
+    negatives: str = "all",
+) -> tuple[Tensor, Tensor]:
+    """`masks` less what the options leave out, pair by pair."""
+    positive, negative = masks(labels, y_labels)
+    others = domains if y_domains is None else y_domains
+    for i in range(positive.shape[0]):
+        for j in range(positive.shape[1]):
+            allowed = (own is None or own[i] != j) and (y_valid is None or bool(y_valid[j]))
+            for mask, rule in ((positive, positives), (negative, negatives)):
+                within = rule == "all" or (domains[i] == others[j]) == (rule == "within")
+                mask[i, j] &= bool(allowed and within)
+    return positive, negative

@@ -6,7 +6,22 @@ from collections.abc import Callable
 
 import torch
 
-from apd_kernels.kernels import distance, losses, memory, mining, neighbors, perturb, perturbation, ranking, ssd
+from apd_kernels._core.pairing import Pairing
+from apd_kernels.kernels import (
+    contrastive,
+    distance,
+    losses,
+    memory,
+    mining,
+    neighbors,
+    perturb,
+    perturbation,
+    ranking,
+    ssd,
+    weighting,
+)
+from apd_kernels.kernels import paired as paired_distance
+from apd_kernels.prepared import Operands
 
 CASES: list[Callable[[], None]] = []
 
@@ -14,13 +29,20 @@ OVER_SIZES: list[Callable[[], None]] = []
 """Operations at every batch size from 1 to 300."""
 
 MATRIX_KERNELS = {
+    "_add_to_anchors",
+    "_add_to_others",
     "_collect",
+    "_contrast",
+    "_contrast_weights",
     "_count_negatives",
     "_distance",
     "_gradient",
     "_group_maxima",
     "_mine",
+    "_mine_triangle",
     "_same_identity",
+    "_weigh",
+    "_weigh_weights",
 }
 """Kernels built on a matrix product: they must use the tensor cores."""
 
@@ -45,7 +67,7 @@ def _indices(*shape: int) -> torch.Tensor:
 
 @case
 def distance_fp32() -> None:
-    distance.pairwise_distance(_rows(4096, 2048), _rows(8192, 2048), "euclidean", "fp32")
+    distance.pairwise_distance(_rows(4096, 2048), _rows(8192, 2048), Operands(), "euclidean", "fp32")
     distance.pairwise_distance(_rows(4096, 2048), None, "cosine", "fp32")
 
 
@@ -72,8 +94,25 @@ def distance_gradient() -> None:
 
 
 @case
+def paired() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x, row = _rows(65536, 2048, dtype=dtype), _rows(65536)
+        for metric in ("euclidean", "cosine"):
+            paired_distance.paired_distance(x, x, metric)
+            paired_distance.paired_distance_backward(row, row, x, x, metric, True, True)
+
+
+@over_sizes
+def paired_over_sizes() -> None:
+    for n in range(1, 301):
+        x, row = _rows(n, 2048), _rows(n)
+        paired_distance.paired_distance(x, x, "euclidean")
+        paired_distance.paired_distance_backward(row, row, x, x, "euclidean", True, True)
+
+
+@case
 def triplet_batch() -> None:
-    losses.triplet_loss(_rows(64, 2048), _indices(64), None, None, 0.3, False, "euclidean", "fp32")
+    losses.triplet_loss(_rows(64, 2048), None, Operands(), Pairing(_indices(64)), 0.3, False, "euclidean", "fp32")
 
 
 @case
@@ -84,20 +123,99 @@ def triplet_of_given_pairs() -> None:
 @case
 def triplet_sets_half() -> None:
     x = _rows(5, 64, 768, dtype=torch.bfloat16)
-    losses.triplet_loss(x, _indices(64), None, None, None, True, "sqeuclidean", "fp32")
+    losses.triplet_loss(x, None, Operands(), Pairing(_indices(64)), None, True, "sqeuclidean", "fp32")
 
 
 @case
 def mining_in_memory() -> None:
     x, y = _rows(256, 2048), _rows(65536, 2048)
-    mining.batch_hard(x, _indices(256), y, _indices(65536), "cosine", "tf32")
+    mining.batch_hard(x, y, Operands(), Pairing(_indices(256), _indices(65536)), "cosine", "tf32")
+    valid = torch.empty(65536, dtype=torch.bool, device="meta")
+    rows, columns = _indices(256), _indices(65536)
+    pairing = Pairing(rows, columns, rows, rows, columns, valid, "within", "across")
+    mining.batch_hard(x, y, Operands(), pairing, "euclidean", "fp32")
+
+
+@case
+def mining_in_large_batch() -> None:
+    for precision in ("fp32", "tf32"):
+        mining.batch_hard(_rows(4096, 2048), None, Operands(), Pairing(_indices(4096)), "euclidean", precision)
 
 
 @case
 def pair_gradient() -> None:
     x, y, w, i = _rows(256, 2048), _rows(4096, 2048), _rows(256), _indices(256)
-    mining.pair_gradient(x, None, w, w, i, i, "euclidean", True, False)
-    mining.pair_gradient(x, y, w, w, i, i, "dot", True, True)
+    mining.pair_gradient(x, None, w, w, i, i, _rows(1), "euclidean", True, False)
+    mining.pair_gradient(x, y, w, w, i, i, None, "dot", True, True)
+
+
+@case
+def pair_gradient_by_sorting() -> None:
+    x, w, i = _rows(4096, 2048), _rows(4096), _indices(4096)
+    mining.pair_gradient(x, None, w, w, i, i, _rows(1), "euclidean", True, False)
+    mining.pair_gradient(x, _rows(8192, 2048), w, w, i, i, None, "dot", True, True)
+
+
+def _ruled(n: int, m: int) -> Pairing:
+    """A pairing that uses every argument."""
+    valid = torch.empty(m, dtype=torch.bool, device="meta")
+    return Pairing(_indices(n), _indices(m), _indices(n), _indices(n), _indices(m), valid, "within", "across")
+
+
+def _contrastive(
+    x: torch.Tensor, y: torch.Tensor | None, pairing: Pairing, precision: str = "fp32", needs_y: bool = False
+) -> None:
+    """Both losses with their gradients."""
+    for form, scale in (("circle", 128.0), ("contrastive", 10.0)):
+        choices = form, scale, 0.25, precision, True, needs_y
+        loss, share, *sides = contrastive.contrastive_loss(x, y, Operands(), pairing, *choices)
+        contrastive.contrastive_loss_scaled(loss, share, *sides)
+
+
+@case
+def contrastive_losses() -> None:
+    _contrastive(_rows(4096, 2048), None, Pairing(_indices(4096)))
+    _contrastive(_rows(256, 2048), _rows(65536, 2048), Pairing(_indices(256), _indices(65536)), needs_y=True)
+
+
+@case
+def contrastive_losses_of_ruled_pairs() -> None:
+    _contrastive(_rows(256, 2048), _rows(8192, 2048), _ruled(256, 8192), needs_y=True)
+
+
+@case
+def contrastive_losses_tensor_cores() -> None:
+    for precision in ("tf32", "bf16"):
+        _contrastive(_rows(256, 2048), _rows(8192, 2048), _ruled(256, 8192), precision)
+
+
+@case
+def contrastive_losses_half() -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        x, y = _rows(5, 256, 768, dtype=dtype), _rows(5, 8192, 768, dtype=dtype)
+        _contrastive(x, y, _ruled(256, 8192))
+
+
+def _weighted(x: torch.Tensor, y: torch.Tensor | None, pairing: Pairing, metric: str, precision: str = "fp32") -> None:
+    choices = *pairing, metric, precision
+    found = weighting.weighted_pairs(x, y, [], *choices)
+    weighting.weighted_pairs_backward(*found[:2], *found, x, y, [], *choices, True, y is not None)
+
+
+@case
+def weighted_pairs() -> None:
+    _weighted(_rows(4096, 2048), None, Pairing(_indices(4096)), "euclidean")
+    _weighted(_rows(256, 2048), _rows(8192, 2048), _ruled(256, 8192), "euclidean")
+    _weighted(_rows(64, 2048), None, Pairing(_indices(64)), "dot")
+
+
+@case
+def weighted_pairs_tensor_cores() -> None:
+    for precision in ("tf32", "bf16"):
+        _weighted(_rows(256, 2048), _rows(8192, 2048), _ruled(256, 8192), "sqeuclidean", precision)
+    for dtype in (torch.float16, torch.bfloat16):
+        x, y = _rows(5, 256, 768, dtype=dtype), _rows(5, 8192, 768, dtype=dtype)
+        _weighted(x, y, _ruled(256, 8192), "euclidean")
 
 
 def _perturbation(n: int, negatives: torch.Tensor, indices: torch.Tensor | None) -> None:
@@ -292,8 +410,28 @@ def distance_over_sizes() -> None:
 def triplet_over_sizes() -> None:
     for n in range(1, 301):
         x = _rows(n, 2048)
-        losses.triplet_loss(x, _indices(n), None, None, None, False, "euclidean", "fp32")
-        mining.pair_gradient(x, None, _rows(n), _rows(n), _indices(n), _indices(n), "euclidean", True, False)
+        losses.triplet_loss(x, None, Operands(), Pairing(_indices(n)), None, False, "euclidean", "fp32")
+        mining.pair_gradient(x, None, _rows(n), _rows(n), _indices(n), _indices(n), _rows(1), "euclidean", True, False)
+
+
+@over_sizes
+def circle_loss_over_sizes() -> None:
+    for n in range(1, 301):
+        choices = "circle", 128.0, 0.25, "fp32", True, False
+        contrastive.contrastive_loss(_rows(n, 2048), None, Operands(), Pairing(_indices(n)), *choices)
+
+
+@over_sizes
+def supervised_contrastive_loss_over_sizes() -> None:
+    for n in range(1, 301):
+        choices = *_ruled(n, 3 * n), "contrastive", 10.0, 0.0, "fp32", True, True
+        contrastive.contrastive_loss(_rows(n, 2048), _rows(3 * n, 2048), [], *choices)
+
+
+@over_sizes
+def weighted_pairs_over_sizes() -> None:
+    for n in range(1, 301):
+        _weighted(_rows(n, 2048), _rows(3 * n, 2048), _ruled(n, 3 * n), "euclidean")
 
 
 @over_sizes

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from apd_kernels import Gallery, SearchResult, pairwise_distance
 from apd_kernels import gallery as gallery_module
-from apd_kernels.distance import METRICS
+from apd_kernels.prepared import METRICS
 
 faiss = pytest.importorskip("faiss")
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from apd_kernels import Gallery, GalleryError, SearchResult
 from apd_kernels._core import folder
-from apd_kernels.distance import METRICS
+from apd_kernels.prepared import METRICS
 
 pytest.importorskip("faiss")
 

@@ -1,17 +1,19 @@
 from __future__ import annotations
 
+import random
+from typing import Any
+
 import pytest
 import torch
 from conftest import Backend
-from oracle import METRICS, assert_close, distances, features, leaf, masks, tolerance
+from oracle import METRICS, assert_close, distances, features, leaf, masks, pairing_options, tolerance
 from torch import Tensor
 
-from apd_kernels import HardPairs, batch_hard
+from apd_kernels import HardPairs, batch_hard, prepare_rows
 
 
-def best(d: Tensor, labels: Tensor, y_labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def best(d: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Farthest positive and nearest negative distance of each anchor (0 where there is none), and validity."""
-    positive, negative = masks(labels, y_labels)
     if d.shape[-1] == 0:
         nothing = d.new_zeros(d.shape[:-1])
         return nothing, nothing, nothing.bool()
@@ -26,12 +28,19 @@ def best(d: Tensor, labels: Tensor, y_labels: Tensor | None) -> tuple[Tensor, Te
 
 
 def check(
-    mined: HardPairs, x: Tensor, labels: Tensor, y: Tensor | None, y_labels: Tensor | None, metric: str, relative: float
+    mined: HardPairs,
+    x: Tensor,
+    labels: Tensor,
+    y: Tensor | None,
+    y_labels: Tensor | None,
+    metric: str,
+    relative: float,
+    **pairing: Any,
 ) -> None:
     """The winners are as good as the best in float64 (equally good ones may differ), of the right identity."""
     d = distances(x, x if y is None else y, metric)
-    farthest, nearest, valid = best(d, labels, y_labels)
-    positive, negative = masks(labels, y_labels)
+    positive, negative = masks(labels, y_labels, **pairing)
+    farthest, nearest, valid = best(d, positive, negative)
     assert torch.equal(mined.valid.cpu(), valid)
     for distance, index, expected, mask in (
         (mined.distances.positive, mined.indices.positive.cpu(), farthest, positive),
@@ -198,8 +207,9 @@ def test_near_duplicates_keep_their_digits(backend: Backend) -> None:
 
 
 def test_large_memory_in_blocks(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The PyTorch path takes anchors in blocks, the kernels take columns in splits: the same winners."""
-    monkeypatch.setattr("apd_kernels._core.rows.BLOCK_ELEMENTS", 1000)
+    """The PyTorch path takes blocks of anchors and rows, the kernels take columns in splits: the same winners."""
+    monkeypatch.setattr("apd_kernels.reference.mining.BLOCK_KEYS", 1000)
+    monkeypatch.setattr("apd_kernels._core.rows.BLOCK_ELEMENTS", 100)
     x, labels = features(30, 6, dtype=torch.float32)
     y, y_labels = features(199, 6, dtype=torch.float32, seed=4, identities=10)
     mined = batch_hard(*(t.to(backend.device) for t in (x, labels, y, y_labels)))
@@ -247,12 +257,200 @@ def test_compiles_in_one_graph(backend: Backend) -> None:
     assert torch.equal(a.grad, b.grad)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_seeded_cases(backend: Backend, metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 random cases on the PyTorch path: sizes, sets, blocks, offsets, kept rows, who may be chosen by whom."""
+    for seed in range(8 if backend.interpreted else 200):
+        choose = random.Random(f"{metric} {seed}")
+        monkeypatch.setattr("apd_kernels.reference.mining.BLOCK_KEYS", choose.choice((1, 700, 1 << 19)))
+        monkeypatch.setattr("apd_kernels.reference.mining.BLOCK_ROWS", choose.choice((3, 256)))
+        dtype = torch.float32 if backend.name == "triton" else choose.choice((torch.float32, torch.float64))
+        sets = choose.choice(((), (choose.randint(1, 3),)))
+        n, m, d = choose.randint(0, 40), choose.choice((None, choose.randint(0, 200))), choose.randint(2, 40)
+        offset = choose.choice((0, 0, 20))
+        identities = choose.randint(1, 12)
+        x, labels = features(*sets, n, d, dtype=dtype, seed=seed, identities=identities)
+        y = y_labels = given = None
+        if m is not None:
+            y, y_labels = features(*sets, m, d, dtype=dtype, seed=seed + 1, identities=identities)
+            y = y + offset
+            given = y.to(backend.device)
+        x = x + offset
+        options = pairing_options(choose, n, m)
+        if given is not None and choose.random() < 0.3:
+            given = prepare_rows(given, metric=metric)
+        moved = {k: v.to(backend.device) if isinstance(v, Tensor) else v for k, v in options.items()}
+        mined = batch_hard(
+            x.to(backend.device),
+            labels.to(backend.device),
+            given,
+            None if y_labels is None else y_labels.to(backend.device),
+            metric=metric,
+            **moved,
+        )
+        # Products of rows with an offset are rounded at the square of the offset.
+        relative = (5 if metric in ("euclidean", "sqeuclidean") or offset == 0 else 500) * tolerance(dtype)
+        check(mined, x, labels, y, y_labels, metric, relative, **options)
+
+
+def test_own_rows_in_a_gathered_batch(backend: Backend) -> None:
+    """A batch against itself as `y`, own rows left out, is the batch without y: the form for ranks."""
+    x, labels = features(30, 16, dtype=torch.float32)
+    x, labels = x.to(backend.device), labels.to(backend.device)
+    expected = batch_hard(x, labels)
+    for rank in range(3):
+        mine = slice(10 * rank, 10 * rank + 10)
+        own = torch.arange(mine.start, mine.stop, device=backend.device)
+        got = batch_hard(x[mine], labels[mine], x, labels, own=own)
+        assert torch.equal(got.indices.positive, expected.indices.positive[mine])
+        assert torch.equal(got.indices.negative, expected.indices.negative[mine])
+        assert torch.equal(got.valid, expected.valid[mine])
+
+
+def test_rows_that_are_not_valid_are_nobodys(backend: Backend) -> None:
+    """Slots of a memory that hold NaN and anyone's label are neither chosen nor seen in the gradient."""
+    x, labels = features(9, 6, dtype=torch.float32, identities=3)
+    y, y_labels = features(20, 6, dtype=torch.float32, seed=1, identities=3)
+    valid = torch.arange(20) % 3 > 0
+    y[~valid] = float("nan")
+    a = leaf(x, backend.device)
+    mined = batch_hard(a, *(t.to(backend.device) for t in (labels, y, y_labels)), y_valid=valid.to(backend.device))
+    check(mined, x, labels, y.nan_to_num(0), y_labels, "euclidean", 1e-5, y_valid=valid)
+    (mined.distances.positive + mined.distances.negative).sum().backward()
+    assert a.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_prepared_rows(backend: Backend, metric: str) -> None:
+    """Rows that are kept give what rows give; a gradient for them is not asked for, and changes are not seen."""
+    x, labels = features(20, 33, dtype=torch.float32)
+    y, y_labels = features(50, 33, dtype=torch.float32, seed=1, identities=8)
+    x, labels, y, y_labels = (t.to(backend.device) for t in (x + 3, labels, y + 3, y_labels))
+    kept = prepare_rows(y, metric=metric)
+    assert kept.shape == y.shape
+    assert kept.nbytes() <= 2 * y.nbytes + 16 * len(y) + 4096
+    a, b = leaf(x, backend.device), leaf(x, backend.device)
+    from_kept, from_rows = (
+        batch_hard(a, labels, kept, y_labels, metric=metric),
+        batch_hard(b, labels, y, y_labels, metric=metric),
+    )
+    assert torch.equal(from_kept.indices.positive, from_rows.indices.positive)
+    assert torch.equal(from_kept.indices.negative, from_rows.indices.negative)
+    from_kept.distances.positive.sum().backward()
+    from_rows.distances.positive.sum().backward()
+    assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize(
+    ("kept", "options", "error", "message"),
+    [
+        (
+            ("euclidean", torch.float32),
+            {"metric": "cosine"},
+            ValueError,
+            "prepared for metric 'cosine', got 'euclidean'",
+        ),
+        (("dot", torch.float32), {}, ValueError, "prepared for metric 'euclidean', got 'dot'"),
+        (("euclidean", torch.float64), {}, TypeError, "expected torch.float32 as x, got torch.float64"),
+        (("euclidean", torch.float32), {"precision": "bf16"}, ValueError, "prepared for precision 'bf16', got 'fp32'"),
+    ],
+)
+def test_prepared_for_something_else(
+    kept: tuple[str, torch.dtype], options: dict[str, str], error: type[Exception], message: str
+) -> None:
+    metric, dtype = kept
+    rows = prepare_rows(torch.ones(5, 2, dtype=dtype), metric=metric, precision="fp32")
+    with pytest.raises(error, match=message):
+        batch_hard(FOUR, LABELS, rows, torch.zeros(5, dtype=torch.int64), **options)
+
+
+def test_many_anchors_by_sorting(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond some anchors the kernels sort the winners: a row that everybody chose, rows that nobody did, two sets."""
+    monkeypatch.setattr("apd_kernels._core.rows.BLOCK_ELEMENTS", 100)
+    if backend.name == "triton":
+        monkeypatch.setattr("apd_kernels.kernels.mining.SCANNED_ANCHORS", 10)
+        monkeypatch.setattr("apd_kernels.kernels.mining.SLAB", 16)
+    for shape, m in (((70, 9), None), ((70, 9), 12), ((2, 41, 9), 30)):
+        x, _ = features(*shape, dtype=torch.float32)
+        labels = torch.arange(shape[-2]) // 2
+        labels[-1] = 999
+        x[..., 5, :] = 0  # the nearest to most
+        y = y_labels = None
+        if m is not None:
+            y, y_labels = features(*shape[:-2], m, 9, dtype=torch.float32, seed=1, identities=3)
+            y[..., 3, :] = 0
+        for metric in ("euclidean", "dot"):
+            a, b = leaf(x, backend.device), None if y is None else leaf(y, backend.device)
+            mined = batch_hard(
+                a,
+                labels.to(backend.device),
+                b,
+                None if y_labels is None else y_labels.to(backend.device),
+                metric=metric,
+            )
+            weights = torch.randn(2, *shape[:-1], generator=torch.manual_seed(0))
+            weights[:, ..., ::7] = 0
+            sum((d * w.to(d)).sum() for d, w in zip(mined.distances, weights, strict=True)).backward()
+            p, q = leaf(x, dtype=torch.float64), None if y is None else leaf(y, dtype=torch.float64)
+            d = distances(p, p if q is None else q, metric)
+            for side, index in enumerate(mined.indices):
+                chosen = d.gather(-1, index.cpu().clamp(min=0)[..., None])[..., 0]
+                (chosen * weights[side] * (index.cpu() >= 0)).sum().backward(retain_graph=True)
+            assert_close(a.grad, p.grad, 2e-6, "gradient of x")
+            if b is not None:
+                assert_close(b.grad, q.grad, 2e-6, "gradient of y")
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_tiles_above_the_diagonal(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows against themselves by half of the tiles find what all tiles find."""
+    backend = pytest.importorskip("apd_kernels.kernels.mining")
+    from apd_kernels import use_backend
+    from apd_kernels._core.backend import INTERPRETED
+
+    device = "cpu" if INTERPRETED else "cuda"
+    for n, options in (
+        (150, {}),
+        (130, {"domains": torch.arange(130) % 3, "positives": "across", "negatives": "within"}),
+    ):
+        x, labels = features(n, 20, dtype=torch.float32, seed=n)
+        x[n - 1] = x[3]  # duplicates in different tiles
+        x, labels = x.to(device), labels.to(device)
+        options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
+        with use_backend("triton"):
+            monkeypatch.setattr(backend, "TRIANGLE_ROWS", (10**9, 0))
+            full = batch_hard(x, labels, metric=metric, **options)
+            monkeypatch.setattr(backend, "TRIANGLE_ROWS", (1, 16384))
+            half = batch_hard(x, labels, metric=metric, **options)
+        check(
+            half,
+            x.cpu(),
+            labels.cpu(),
+            None,
+            None,
+            metric,
+            1e-5,
+            **{k: v.cpu() if isinstance(v, Tensor) else v for k, v in options.items()},
+        )
+        for ours, expected in zip(half.indices, full.indices, strict=True):
+            assert torch.equal(ours, expected)
+
+
 FOUR, LABELS = torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
+        ((FOUR.long(), LABELS), TypeError, r"x: expected float16, .*got torch.int64"),
+        ((FOUR, LABELS, FOUR.half(), LABELS), TypeError, r"y: expected torch.float32 as x, got torch.float16"),
+        ((FOUR, LABELS, FOUR.to("meta"), LABELS), ValueError, r"y: expected device cpu as x, got meta"),
+        ((FOUR, LABELS.to("meta")), ValueError, r"labels: expected device cpu, got meta"),
+        (
+            (FOUR, torch.zeros(4, requires_grad=True)),
+            TypeError,
+            r"labels: expected an integer dtype, got torch.float32",
+        ),
         ((FOUR, LABELS[:3]), ValueError, r"labels: expected shape \(4,\), got \(3,\)"),
         ((FOUR, LABELS.float()), TypeError, r"labels: expected an integer dtype, got torch.float32"),
         ((FOUR, LABELS.bool()), TypeError, r"labels: expected an integer dtype, got torch.bool"),
@@ -264,3 +462,25 @@ FOUR, LABELS = torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64)
 def test_bad_input(arguments: tuple[object, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         batch_hard(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("with_y", "options", "error", "message"),
+    [
+        (False, {"own": LABELS}, ValueError, r"y: expected with own, got None"),
+        (False, {"y_valid": LABELS > 0}, ValueError, r"y: expected with y_valid, got None"),
+        (True, {"own": LABELS[:2]}, ValueError, r"own: expected shape \(4,\), got \(2,\)"),
+        (True, {"own": LABELS.float()}, TypeError, r"own: expected an integer dtype, got torch.float32"),
+        (True, {"y_valid": LABELS}, TypeError, r"y_valid: expected torch.bool, got torch.int64"),
+        (True, {"y_valid": LABELS[:2] > 0}, ValueError, r"y_valid: expected shape \(4,\), got \(2,\)"),
+        (False, {"domains": LABELS[:1]}, ValueError, r"domains: expected shape \(4,\), got \(1,\)"),
+        (True, {"domains": LABELS}, ValueError, r"y_domains: expected with domains and y, got None"),
+        (True, {"y_domains": LABELS}, ValueError, r"domains: expected with y_domains, got None"),
+        (False, {"positives": "across"}, ValueError, r"domains: expected with positives='across', got None"),
+        (False, {"negatives": "other"}, ValueError, r"negatives: expected 'all' or 'within' or 'across', got 'other'"),
+        (False, {"precision": "fp8"}, ValueError, r"precision: expected"),
+    ],
+)
+def test_bad_options(with_y: bool, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        batch_hard(FOUR, LABELS, *((FOUR, LABELS) if with_y else ()), **options)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import apd_kernels.reference.neighbors as reference
 from apd_kernels import Neighbors, knn, rank_metrics, use_backend
-from apd_kernels.distance import METRICS
+from apd_kernels.prepared import METRICS
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor
 import apd_kernels
 from apd_kernels import (
     batch_hard,
+    circle_loss,
     identity_derangement,
     metric_perturb,
     metric_perturbation_loss,
     nn,
     ssd_mask,
+    supervised_contrastive_loss,
     triplet_loss,
 )
 
@@ -35,6 +38,26 @@ def test_triplet_loss(configuration: dict[str, object]) -> None:
     assert torch.equal(criterion(X, LABELS, MEMORY, MEMORY_LABELS), in_memory)
     indices = batch_hard(X.flip(1), LABELS).indices
     assert torch.equal(criterion(X, LABELS, indices=indices), triplet_loss(X, LABELS, indices=indices, **configuration))
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "configuration"),
+    [
+        (nn.CircleLoss, circle_loss, {}),
+        (nn.CircleLoss, circle_loss, {"margin": 0.4, "gamma": 80.0}),
+        (nn.SupervisedContrastiveLoss, supervised_contrastive_loss, {}),
+        (nn.SupervisedContrastiveLoss, supervised_contrastive_loss, {"temperature": 0.5, "metric": "dot"}),
+    ],
+    ids=str,
+)
+def test_losses_of_all_pairs(
+    module: type[torch.nn.Module], function: Callable[..., Tensor], configuration: dict[str, object]
+) -> None:
+    criterion = module(**configuration)
+    assert torch.equal(criterion(X, LABELS), function(X, LABELS, **configuration))
+    options = {"y_valid": torch.arange(20) > 3}
+    in_memory = function(X, LABELS, MEMORY, MEMORY_LABELS, **options, **configuration)
+    assert torch.equal(criterion(X, LABELS, MEMORY, MEMORY_LABELS, **options), in_memory)
 
 
 def test_metric_perturbation_loss() -> None:
@@ -100,6 +123,8 @@ def test_ssd_mask(stacked: bool) -> None:
 def test_repr_is_the_call() -> None:
     modules = [
         nn.TripletLoss(None, reverse=True),
+        nn.CircleLoss(0.4, gamma=80.0),
+        nn.SupervisedContrastiveLoss(0.07, metric="dot"),
         nn.MetricPerturbationLoss(),
         nn.MetricPerturb(0.1, epsilon_mode="relative", steps=5, norm="linf", random_start=True),
         nn.SSDMask(stacked=True),

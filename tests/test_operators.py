@@ -10,7 +10,9 @@ import torch
 from oracle import features
 from torch import Tensor
 
-import apd_kernels  # noqa: F401  (defines the operators)
+from apd_kernels import prepare_rows
+from apd_kernels._core.pairing import Pairing
+from apd_kernels.prepared import Operands
 
 OPERATORS: dict[str, Callable[[], list[tuple[Any, ...]]]] = {}
 
@@ -26,13 +28,21 @@ def _leaf(*shape: int, seed: int = 0) -> Tensor:
 
 LABELS = features(6, 4)[1]
 INDEX = torch.tensor([1, 0, 3, 2, 5, -1])
+RULED = Pairing(
+    LABELS, LABELS[:5], torch.arange(6) - 1, LABELS % 2, LABELS[:5] % 2, LABELS[:5] >= 0, "within", "across"
+)
+
+
+def _prepared(y: Tensor, metric: str = "euclidean") -> Operands:
+    return prepare_rows(y.detach() + 3, metric=metric).operands
 
 
 @operator
 def pairwise_distance() -> list[tuple[Any, ...]]:
     return [
-        (_leaf(6, 4), _leaf(5, 4, seed=1), "euclidean", "fp32", "torch"),
-        (_leaf(2, 6, 4), None, "cosine", "fp32", "torch"),
+        (_leaf(6, 4), _leaf(5, 4, seed=1), *Operands(), "euclidean", "fp32", "torch"),
+        (_leaf(6, 4), _leaf(5, 4).detach(), *_prepared(_leaf(5, 4)), "sqeuclidean", "fp32", "torch"),
+        (_leaf(2, 6, 4), None, *Operands(), "cosine", "fp32", "torch"),
     ]
 
 
@@ -46,10 +56,22 @@ def pairwise_distance_backward() -> list[tuple[Any, ...]]:
 
 
 @operator
+def paired_distance() -> list[tuple[Any, ...]]:
+    return [(_leaf(6, 4), _leaf(6, 4, seed=1), "euclidean", "torch"), (_leaf(2, 6, 4), _leaf(2, 6, 4), "dot", "torch")]
+
+
+@operator
+def paired_distance_backward() -> list[tuple[Any, ...]]:
+    x, y, one = _leaf(6, 4).detach(), _leaf(6, 4, seed=1).detach(), torch.ones(6)
+    return [(one, one, x, y, "cosine", True, True, "torch"), (one, one, x, y, "dot", False, True, "torch")]
+
+
+@operator
 def batch_hard() -> list[tuple[Any, ...]]:
     return [
-        (_leaf(6, 4), LABELS, None, None, "euclidean", "fp32", "torch"),
-        (_leaf(2, 6, 4), LABELS, _leaf(2, 5, 4), LABELS[:5], "dot", "fp32", "torch"),
+        (_leaf(6, 4), None, *Operands(), *Pairing(LABELS), "euclidean", "fp32", "torch"),
+        (_leaf(2, 6, 4), _leaf(2, 5, 4), *Operands(), *Pairing(LABELS, LABELS[:5]), "dot", "fp32", "torch"),
+        (_leaf(6, 4), _leaf(5, 4).detach(), *_prepared(_leaf(5, 4)), *RULED, "euclidean", "fp32", "torch"),
     ]
 
 
@@ -57,16 +79,27 @@ def batch_hard() -> list[tuple[Any, ...]]:
 def pair_gradient() -> list[tuple[Any, ...]]:
     x, w = _leaf(6, 4).detach(), torch.ones(6)
     return [
-        (x, None, w, w, INDEX, INDEX.flip(0), "euclidean", True, False, "torch"),
-        (x, x + 1, w, w, INDEX, INDEX.flip(0), "dot", True, True, "torch"),
+        (x, None, w, w, INDEX, INDEX.flip(0), None, "euclidean", True, False, "torch"),
+        (x, x + 1, w, w, INDEX, INDEX.flip(0), torch.tensor(0.5), "dot", True, True, "torch"),
     ]
 
 
 @operator
 def triplet_loss() -> list[tuple[Any, ...]]:
     return [
-        (_leaf(6, 4), LABELS, None, None, 0.3, False, "euclidean", "fp32", "torch"),
-        (_leaf(2, 6, 4), LABELS, _leaf(2, 5, 4), LABELS[:5], None, True, "sqeuclidean", "fp32", "torch"),
+        (_leaf(6, 4), None, *Operands(), *Pairing(LABELS), 0.3, False, "euclidean", "fp32", "torch"),
+        (
+            _leaf(2, 6, 4),
+            _leaf(2, 5, 4),
+            *Operands(),
+            *Pairing(LABELS, LABELS[:5]),
+            None,
+            True,
+            "sqeuclidean",
+            "fp32",
+            "torch",
+        ),
+        (_leaf(6, 4), _leaf(5, 4).detach(), *_prepared(_leaf(5, 4)), *RULED, 0.3, True, "euclidean", "fp32", "torch"),
     ]
 
 
@@ -75,6 +108,44 @@ def triplet_loss_indexed() -> list[tuple[Any, ...]]:
     return [
         (_leaf(6, 4), None, INDEX, INDEX.flip(0), 0.3, False, "euclidean", "torch"),
         (_leaf(6, 4), _leaf(7, 4), INDEX, INDEX.flip(0), None, True, "dot", "torch"),
+    ]
+
+
+@operator
+def contrastive_loss() -> list[tuple[Any, ...]]:
+    x, y, bank = _leaf(6, 4), _leaf(5, 4, seed=1), _leaf(5, 4).detach()
+    return [
+        (x, None, *Operands(), *Pairing(LABELS), "circle", 16.0, 0.25, "fp32", True, False, "torch"),
+        (x, y, *Operands(), *RULED, "contrastive", 10.0, 0.0, "fp32", True, True, "torch"),
+        (_leaf(2, 6, 4), None, *Operands(), *Pairing(LABELS), "contrastive", 2.0, 0.0, "fp32", True, False, "torch"),
+        (x, bank, *_prepared(bank, "dot"), *RULED, "circle", 16.0, 0.25, "fp32", True, False, "torch"),
+        (x.detach(), bank, *Operands(), *RULED, "circle", 16.0, 0.25, "fp32", False, False, "torch"),
+    ]
+
+
+@operator
+def contrastive_loss_scaled() -> list[tuple[Any, ...]]:
+    x, y = _leaf(2, 6, 4).detach(), _leaf(2, 5, 4).detach()
+    one, sets = torch.tensor(1.0), torch.tensor([1.0, 2.0])
+    return [(sets, sets, x, y, "torch"), (one, one, x[0], torch.zeros(0), "torch")]
+
+
+@operator
+def weighted_pairs() -> list[tuple[Any, ...]]:
+    return [
+        (_leaf(6, 4), None, *Operands(), *Pairing(LABELS), "euclidean", "fp32", "torch"),
+        (_leaf(2, 6, 4), _leaf(2, 5, 4), *Operands(), *RULED, "dot", "fp32", "torch"),
+        (_leaf(6, 4), _leaf(5, 4).detach(), *_prepared(_leaf(5, 4)), *RULED, "sqeuclidean", "fp32", "torch"),
+    ]
+
+
+@operator
+def weighted_pairs_backward() -> list[tuple[Any, ...]]:
+    x, y, one = _leaf(6, 4).detach(), _leaf(5, 4, seed=1).detach(), torch.ones(6)
+    return [
+        (*(one,) * 6, x, None, *Operands(), *Pairing(LABELS), "euclidean", "fp32", True, False, "torch"),
+        (*(one,) * 6, x, y, *_prepared(y), *RULED, "euclidean", "fp32", True, True, "torch"),
+        (*(one,) * 6, x, y, *Operands(), *RULED, "dot", "fp32", False, True, "torch"),
     ]
 
 

@@ -14,7 +14,7 @@ from conftest import Backend
 from torch import Tensor
 
 from apd_kernels import RankMetrics, rank_metrics, use_backend
-from apd_kernels.distance import METRICS
+from apd_kernels.prepared import METRICS
 from apd_kernels.ranking import AVERAGE_PRECISIONS
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -23,7 +23,8 @@ def unit_rows(x: Tensor) -> Tensor:
     largest = x.detach().abs().amax(-1, keepdim=True)
     scaled = x / torch.where(largest > 0, largest, 1)
     norm = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)  # at least 1, except for a zero row
-    return torch.where(norm == 0, 0, scaled / torch.where(norm == 0, 1, norm))
+    length = torch.where(norm == 0, float("inf"), norm)
+    return scaled / length if scaled.requires_grad else scaled.div_(length)
 
 
 def per_difference(slope: Tensor, distance: Tensor, metric: str = "euclidean") -> Tensor:

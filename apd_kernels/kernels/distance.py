@@ -5,6 +5,12 @@
     ∂x_i  = −Σ_j g_ij y_j           (dot, and cosine of unit rows)
 
 The weights are formed tile by tile; nothing of size N×M is written besides the distances.
+
+Two routes. Small problems multiply the rows as they come. Large float32 ones at float32 grade, and those against rows
+that are kept prepared, multiply prepared rows: centred, and as float16 parts (see prepared.py and _split.py). There
+the weights are split as well, in registers, a row's BK weights at a time with a scale s of their own:
+
+    Σ_j w_ij y_j  ≈  largest² Σ_chunks s⁻¹ (hi·hi' + 2⁻¹¹ (hi·lo' + lo·hi')),     s w_ij f_j = hi + 2⁻¹¹ lo
 """
 
 from __future__ import annotations
@@ -15,9 +21,19 @@ import triton.language as tl
 from torch import Tensor
 
 from apd_kernels.kernels._launch import dot_precision, launch, row_stride, sets_of_rows
+from apd_kernels.kernels._split import half_squared_distance, in_units_of, split_product, unscaled
 from apd_kernels.kernels._tiles import product
+from apd_kernels.kernels.prepared import is_split, operands, product_options, programs, tiles_of
+from apd_kernels.prepared import Operands
 
 METRIC_NUMBER = {"euclidean": 0, "sqeuclidean": 1, "cosine": 2, "dot": 3}
+
+# Stateless calls split float32 rows from this many multiply-adds on, which take 0.1 ms on an H100: below, the nine
+# launches cost more than the product. Estimates: no GPU has run them.
+SPLIT_PRODUCTS = 1 << 33
+# … and up to this many elements of x and y: their parts take as much memory again, 2 GB.
+SPLIT_ELEMENTS = 1 << 29
+GROUP = 8  # row tiles that walk the columns together, so that both operands are read from the L2 cache
 
 
 @triton.jit(do_not_specialize=["N", "M"])
@@ -48,6 +64,101 @@ def _distance(
         d = -acc
     out += s * N * M + rows.to(tl.int64)[:, None] * M + columns[None, :]
     tl.store(out, d, mask=row_mask[:, None] & column_mask[None, :])
+
+
+@triton.jit
+def grouped_tile(t, height, width, GROUP: tl.constexpr):
+    """Row and column of the t-th of height × width tiles, in bands of GROUP rows, column by column."""
+    band = t // (GROUP * width)
+    rows = tl.minimum(height - band * GROUP, GROUP)
+    within = t % (GROUP * width)
+    return band * GROUP + within % rows, within // rows
+
+
+@triton.jit
+def triangle_tile(t, side, GROUP: tl.constexpr):
+    """Row i and column j ≥ i of the t-th of side (side + 1) / 2 tiles. Rows i and side − i (even: side − 1 − i) of the
+    triangle are one row of a rectangle."""
+    i, c = grouped_tile(t, (side + 1) // 2, side + 1 - side % 2, GROUP)
+    first = c < side - i  # the rest of the rectangle's row is the second row
+    second = side - 1 - i + side % 2
+    return tl.where(first, i, second), tl.where(first, i + c, c - (side - i) + second)
+
+
+@triton.jit
+def _store_distances(
+    acc, row, column, x_half, y_half, x_root, y_root, x_largest, y_largest, out, s, N, M,
+    METRIC: tl.constexpr, SELF: tl.constexpr, FORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
+    row_mask, column_mask = rows < N, columns < M
+    x_at, y_at = s.to(tl.int64) * N + rows, s.to(tl.int64) * M + columns
+    if METRIC < 2:
+        a_half = tl.load(x_half + x_at, mask=row_mask, other=0.0)
+        b_half = tl.load(y_half + y_at, mask=column_mask, other=0.0)
+        a_factor, b_factor = tl.full((BM,), 1.0, tl.float32), tl.full((BN,), 1.0, tl.float32)
+        unit = 1.0
+        if FORM == "split":
+            largest = tl.maximum(tl.load(x_largest + s), tl.load(y_largest + s))
+            unit = largest * largest
+            a_root = tl.load(x_root + x_at, mask=row_mask, other=1.0)
+            b_root = tl.load(y_root + y_at, mask=column_mask, other=1.0)
+            a_factor, a_half = in_units_of(largest, a_root, a_half)
+            b_factor, b_half = in_units_of(largest, b_root, b_half)
+        d = 2 * half_squared_distance(acc, a_factor, b_factor, a_half, b_half)
+        if METRIC == 0:
+            d = tl.sqrt(d) * unit  # to 1 ulp; correct rounding takes registers that the product needs
+        else:
+            d = d * unit * unit
+        if SELF:
+            d = tl.where((rows[:, None] == columns[None, :]) & (d == d), 0.0, d)
+    else:
+        if FORM == "split":
+            a_root = tl.load(x_root + x_at, mask=row_mask, other=1.0)
+            b_root = tl.load(y_root + y_at, mask=column_mask, other=1.0)
+            acc = unscaled(acc, a_root, b_root)
+        if METRIC == 2:
+            d = 1 - acc
+            d = tl.where(d < 0, 0.0, d)
+        else:
+            d = -acc
+    # SELF: below the diagonal sums have another order, so both sides take the value from above it.
+    mask = row_mask[:, None] & column_mask[None, :]
+    if SELF:
+        mask = mask & (rows[:, None] <= columns[None, :])
+    tl.store(out + x_at[:, None] * M + columns[None, :], d, mask=mask)
+    if SELF:
+        mask = column_mask[:, None] & row_mask[None, :] & (rows[None, :] < columns[:, None])
+        tl.store(out + y_at[:, None] * M + rows[None, :], d.T, mask=mask)
+
+
+@triton.jit(do_not_specialize=["S", "N", "M"])
+def _prepared_distance(
+    x, y, x_half, y_half, x_root, y_root, x_largest, y_largest, out, S, N, M, D, one,
+    METRIC: tl.constexpr, SELF: tl.constexpr, FORM: tl.constexpr, TMA: tl.constexpr, SEPARATE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """Distances of prepared rows, tile after tile by a grid that stays. SELF: of tiles above the diagonal, and with
+    them their mirror images."""
+    row_tiles, column_tiles = tl.cdiv(N, BM), tl.cdiv(M, BN)
+    if SELF:
+        tiles = row_tiles * (row_tiles + 1) // 2
+    else:
+        tiles = row_tiles * column_tiles
+    for t in tl.range(tl.program_id(0), S * tiles, tl.num_programs(0), flatten=FLATTEN):
+        s = t // tiles
+        if SELF:
+            i, j = triangle_tile(t % tiles, row_tiles, GROUP)
+        else:
+            i, j = grouped_tile(t % tiles, row_tiles, column_tiles, GROUP)
+        acc = split_product(x, y, s * N + i * BM, s * M + j * BN, S * N - 1, S * M - 1, D, one,
+                            FORM, TMA, SEPARATE, BM, BN, BK)  # fmt: skip
+        # In halves: a whole tile's values, addresses and their mirror image leave the registers on sm_90.
+        left, right = acc.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+        _store_distances(left, i * BM, j * BN, x_half, y_half, x_root, y_root, x_largest, y_largest, out, s, N, M,
+                         METRIC, SELF, FORM, BM, BN // 2)  # fmt: skip
+        _store_distances(right, i * BM, j * BN + BN // 2, x_half, y_half, x_root, y_root, x_largest, y_largest, out, s,
+                         N, M, METRIC, SELF, FORM, BM, BN // 2)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N", "M", "row_step", "column_step"])
@@ -101,8 +212,20 @@ def _gradient(
     tl.store(out, result.to(out.dtype.element_ty), mask=element_mask)
 
 
-def pairwise_distance(x: Tensor, y: Tensor | None, metric: str, precision: str) -> Tensor:
-    """Launch `_distance`: one program a 64×64 tile."""
+def _splits(x: Tensor, y: Tensor | None, precision: str) -> bool:
+    """Whether a stateless call is worth splitting its rows."""
+    if not is_split(x, precision):
+        return False
+    sets, n, dimension = max(1, x.shape[:-2].numel()), x.shape[-2], x.shape[-1]
+    m = n if y is None else y.shape[-2]
+    elements = sets * (n if y is None else n + m) * dimension
+    return sets * n * m * dimension >= SPLIT_PRODUCTS and elements <= SPLIT_ELEMENTS
+
+
+def pairwise_distance(x: Tensor, y: Tensor | None, prepared: Operands, metric: str, precision: str) -> Tensor:
+    """Launch `_distance`, one program a 64×64 tile, or `_prepared_distance`."""
+    if prepared.parts is not None or _splits(x, y, precision):
+        return _of_prepared(x, y, prepared, metric, precision)
     a = sets_of_rows(x)
     b = a if y is None else sets_of_rows(y)
     sets, n, dimension = a.shape
@@ -114,6 +237,26 @@ def pairwise_distance(x: Tensor, y: Tensor | None, metric: str, precision: str) 
         a, b, out, n, m, dimension, row_stride(a), row_stride(b), 1.0,
         METRIC=METRIC_NUMBER[metric], SELF=y is None, PRECISION=dot_precision(x, precision),
         BM=BM, BN=BN, BK=BK, num_warps=8, num_stages=3,
+    )  # fmt: skip
+    return out
+
+
+def _of_prepared(x: Tensor, y: Tensor | None, prepared: Operands, metric: str, precision: str) -> Tensor:
+    n, m = x.shape[-2], x.shape[-2] if y is None else y.shape[-2]
+    out = torch.empty(*x.shape[:-1], m, dtype=torch.float32, device=x.device)
+    if out.numel() == 0:
+        return out
+    a, b = operands(x, y, prepared, metric in ("euclidean", "sqeuclidean"), precision)
+    options = product_options(x, precision)
+    sets = a.parts.shape[0]
+    row_tiles, column_tiles = triton.cdiv(n, options["BM"]), triton.cdiv(m, options["BN"])
+    tiles = sets * (row_tiles * (row_tiles + 1) // 2 if y is None else row_tiles * column_tiles)
+    launch(
+        _prepared_distance, (min(tiles, programs(x)),),
+        tiles_of(a.parts, options["BM"], options), tiles_of(b.parts, options["BN"], options),
+        a.half, b.half, a.root, b.root, a.largest, b.largest, out, sets, n, m,
+        a.parts.shape[-1] // (2 if a.root is not None else 1), 1.0,
+        METRIC=METRIC_NUMBER[metric], SELF=y is None, GROUP=GROUP, FLATTEN=y is not None, **options,
     )  # fmt: skip
     return out
 

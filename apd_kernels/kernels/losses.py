@@ -2,7 +2,7 @@
 
     L = mean over valid anchors of φ(±(d_p − d_n)),   φ = softplus or max(0, · + margin)
 
-A loss is summed by one program per set in a fixed order: no atomics, the same sum in every run.
+A loss is summed by one program per set in a fixed order, the same sum in every run; atomics only count who is last.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from apd_kernels._core.pairing import Pairing
 from apd_kernels.kernels import mining
-from apd_kernels.kernels._launch import launch
+from apd_kernels.kernels._launch import launch, row_stride, sets_of_rows
 from apd_kernels.kernels.distance import METRIC_NUMBER
+from apd_kernels.kernels.mining import winner_distances
+from apd_kernels.prepared import Operands
 
 
 @triton.jit
@@ -45,68 +48,88 @@ def per_difference(slope, d, METRIC: tl.constexpr):
     return weight
 
 
-@triton.jit(do_not_specialize=["N", "margin"])
-def _triplet_mean(
-    positive, negative, positive_index, negative_index, loss, positive_weights, negative_weights, N, margin,
-    SOFT: tl.constexpr, REVERSE: tl.constexpr, METRIC: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def _term_and_slope(d_p, d_n, margin, SOFT: tl.constexpr, REVERSE: tl.constexpr):
+    """φ(±(d_p − d_n)) and its derivative by what is in the bracket. The hinge at 0 has slope 0; NaN stays NaN."""
+    gap = d_n - d_p if REVERSE else d_p - d_n
+    if SOFT:
+        term, slope = softplus(gap), sigmoid(gap)
+    else:
+        term = tl.where(gap + margin < 0, 0.0, gap + margin)
+        slope = tl.where(gap + margin <= 0, 0.0, 1.0)
+    return term, slope
+
+
+@triton.jit(do_not_specialize=["N", "M", "splits", "margin"])
+def _triplet(
+    x, y, key, index, positive_index, negative_index, loss, positive_weights, negative_weights, ticket,
+    N, M, D, x_stride, y_stride, splits, margin,
+    SOFT: tl.constexpr, REVERSE: tl.constexpr, METRIC: tl.constexpr, MINED: tl.constexpr,
+    SPLITS: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a set: first the sum and the count, then the weights, which need the count."""
-    s = tl.program_id(0).to(tl.int64)
-    total = tl.zeros((BLOCK,), tl.float32)
-    count = tl.zeros((BLOCK,), tl.int32)
-    for i0 in range(0, N, BLOCK):
-        i = i0 + tl.arange(0, BLOCK)
-        at, mask = s * N + i, i < N
-        valid = (tl.load(positive_index + at, mask=mask, other=-1) >= 0) & (
-            tl.load(negative_index + at, mask=mask, other=-1) >= 0
-        )
-        gap = tl.load(positive + at, mask=valid, other=0.0) - tl.load(negative + at, mask=valid, other=0.0)
-        if REVERSE:
-            gap = -gap
-        if SOFT:
-            term = softplus(gap)
-        else:
-            term = tl.where(gap + margin < 0, 0.0, gap + margin)  # not maximum(): NaN stays NaN
-        total += tl.where(valid, term, 0.0)
-        count += valid.to(tl.int32)
-    scale = 1.0 / tl.maximum(tl.sum(count, 0), 1).to(tl.float32)
-    tl.store(loss + s, tl.sum(total, 0) * scale)
-    for i0 in range(0, N, BLOCK):
-        i = i0 + tl.arange(0, BLOCK)
-        at, mask = s * N + i, i < N
-        valid = (tl.load(positive_index + at, mask=mask, other=-1) >= 0) & (
-            tl.load(negative_index + at, mask=mask, other=-1) >= 0
-        )
-        d_p = tl.load(positive + at, mask=valid, other=0.0)
-        d_n = tl.load(negative + at, mask=valid, other=0.0)
-        gap = d_p - d_n
-        if REVERSE:
-            gap = -gap
-        if SOFT:
-            slope = sigmoid(gap) * scale
-        else:
-            slope = tl.where(gap + margin <= 0, 0.0, scale)
-        slope = tl.where(valid, slope, 0.0)
-        if REVERSE:
-            slope = -slope
-        tl.store(positive_weights + at, per_difference(slope, d_p, METRIC), mask=mask)
-        tl.store(negative_weights + at, per_difference(-slope, d_n, METRIC), mask=mask)
+    """One program an anchor takes its distances. The last one of a set to draw its ticket, which sees what all have
+    written, takes the mean, in index order whoever is last: first the sum and the count, then the weights, which need
+    the count. Until then the weights hold the distances."""
+    i = tl.program_id(0).to(tl.int64)
+    s = tl.program_id(1).to(tl.int64)
+    d_p, d_n = winner_distances(x, y, key, index, positive_index, negative_index, s, i, tl.num_programs(1),
+                                N, M, D, x_stride, y_stride, splits, METRIC, MINED, SPLITS, BD)  # fmt: skip
+    tl.store(positive_weights + s * N + i, d_p)
+    tl.store(negative_weights + s * N + i, d_n)
+    tl.debug_barrier()  # every thread's stores lie before the ticket's release
+    if tl.atomic_add(ticket + s, 1, sem="acq_rel") == N - 1:
+        total = tl.zeros((BLOCK,), tl.float32)
+        count = tl.zeros((BLOCK,), tl.int32)
+        for i0 in range(0, N, BLOCK):
+            j = i0 + tl.arange(0, BLOCK)
+            at, mask = s * N + j, j < N
+            # .cg: from the L2 cache, where other multiprocessors' stores are.
+            valid = (tl.load(positive_index + at, mask=mask, other=-1, cache_modifier=".cg") >= 0) & (
+                tl.load(negative_index + at, mask=mask, other=-1, cache_modifier=".cg") >= 0
+            )
+            p = tl.load(positive_weights + at, mask=valid, other=0.0, cache_modifier=".cg")
+            n = tl.load(negative_weights + at, mask=valid, other=0.0, cache_modifier=".cg")
+            term, _ = _term_and_slope(p, n, margin, SOFT, REVERSE)
+            total += tl.where(valid, term, 0.0)
+            count += valid.to(tl.int32)
+        mean = 1.0 / tl.maximum(tl.sum(count, 0), 1).to(tl.float32)
+        tl.store(loss + s, tl.sum(total, 0) * mean)
+        for i0 in range(0, N, BLOCK):
+            j = i0 + tl.arange(0, BLOCK)
+            at, mask = s * N + j, j < N
+            valid = (tl.load(positive_index + at, mask=mask, other=-1, cache_modifier=".cg") >= 0) & (
+                tl.load(negative_index + at, mask=mask, other=-1, cache_modifier=".cg") >= 0
+            )
+            p = tl.load(positive_weights + at, mask=valid, other=0.0, cache_modifier=".cg")
+            n = tl.load(negative_weights + at, mask=valid, other=0.0, cache_modifier=".cg")
+            _, slope = _term_and_slope(p, n, margin, SOFT, REVERSE)
+            slope = tl.where(valid, slope * mean, 0.0)
+            if REVERSE:
+                slope = -slope
+            tl.store(positive_weights + at, per_difference(slope, p, METRIC), mask=mask)
+            tl.store(negative_weights + at, per_difference(-slope, n, METRIC), mask=mask)
 
 
 def triplet_loss(
     x: Tensor,
-    labels: Tensor,
     y: Tensor | None,
-    y_labels: Tensor | None,
+    prepared: Operands,
+    pairing: Pairing,
     margin: float | None,
     reverse: bool,
     metric: str,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Three launches: `_mine`, `_pair_distance`, `_triplet_mean`."""
-    positive, negative, *winners = mining.batch_hard(x, labels, y, y_labels, metric, precision)
-    loss, *weights = _mean(positive, negative, winners[0], winners[1], margin, reverse, metric)
-    return loss, weights[0], weights[1], winners[0], winners[1]
+    """Two launches: mining, which also resets the tickets, and `_triplet`."""
+    if 0 in (*x.shape[:-1], (x if y is None else y).shape[-2]):
+        winners = [torch.full(x.shape[:-1], -1, dtype=torch.int64, device=x.device) for _ in range(2)]
+        return *_nothing(x), *winners
+    a = sets_of_rows(x)
+    b = None if y is None else sets_of_rows(y)
+    ticket = torch.empty(a.shape[0], dtype=torch.int32, device=x.device)
+    mined = mining.mine(a, b, pairing, metric, precision, ticket=ticket)
+    winners = [torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device) for _ in range(2)]
+    return *_loss(a, a if b is None else b, mined, winners, ticket, x.shape, margin, reverse, metric), *winners
 
 
 def triplet_loss_indexed(
@@ -118,27 +141,43 @@ def triplet_loss_indexed(
     reverse: bool,
     metric: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Two launches: `_pair_distance`, `_triplet_mean`."""
-    positive_index, negative_index = positive_index.contiguous(), negative_index.contiguous()
-    positive, negative = mining.pair_distances(x, y, positive_index, negative_index, metric)
-    return _mean(positive, negative, positive_index, negative_index, margin, reverse, metric)
+    """One launch, `_triplet`, after that which zeroes the tickets."""
+    if 0 in (*x.shape[:-1], (x if y is None else y).shape[-2]):
+        return _nothing(x)
+    a = sets_of_rows(x)
+    b = a if y is None else sets_of_rows(y)
+    winners = [positive_index.contiguous(), negative_index.contiguous()]
+    ticket = torch.zeros(a.shape[0], dtype=torch.int32, device=x.device)
+    return _loss(a, b, None, winners, ticket, x.shape, margin, reverse, metric)
 
 
-def _mean(
-    positive: Tensor,
-    negative: Tensor,
-    positive_index: Tensor,
-    negative_index: Tensor,
+def _nothing(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss and the weights where no anchor has a pair."""
+    loss = torch.zeros(x.shape[:-2], dtype=torch.float32, device=x.device)
+    weights = torch.zeros(x.shape[:-1], dtype=torch.float32, device=x.device)
+    return loss, weights, weights.clone()
+
+
+def _loss(
+    a: Tensor,
+    b: Tensor,
+    mined: mining.Mined | None,
+    winners: list[Tensor],
+    ticket: Tensor,
+    shape: torch.Size,
     margin: float | None,
     reverse: bool,
     metric: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n = positive.shape[-1]
-    loss = torch.empty(positive.shape[:-1], dtype=torch.float32, device=positive.device)
-    weights = torch.empty_like(positive), torch.empty_like(positive)
+    sets, n, dimension = a.shape
+    loss = torch.empty(shape[:-2], dtype=torch.float32, device=a.device)
+    weights = [torch.empty(shape[:-1], dtype=torch.float32, device=a.device) for _ in range(2)]
+    key, index, splits = mined or (None, None, 0)
     launch(
-        _triplet_mean, (loss.numel(),),
-        positive, negative, positive_index, negative_index, loss, *weights, n, 0.0 if margin is None else margin,
-        SOFT=margin is None, REVERSE=reverse, METRIC=METRIC_NUMBER[metric], BLOCK=1024, num_warps=4,
+        _triplet, (n, sets),
+        a, b, key, index, *winners, loss, *weights, ticket,
+        n, b.shape[1], dimension, row_stride(a), row_stride(b), splits, 0.0 if margin is None else margin,
+        SOFT=margin is None, REVERSE=reverse, METRIC=METRIC_NUMBER[metric], MINED=mined is not None,
+        SPLITS=mining.MAX_SPLITS, BD=1024, BLOCK=1024, num_warps=4,
     )  # fmt: skip
-    return loss, *weights
+    return loss, weights[0], weights[1]

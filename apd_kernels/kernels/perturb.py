@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from apd_kernels._core.pairing import Pairing
 from apd_kernels.kernels._launch import launch, row_stride, sets_of_rows
 from apd_kernels.kernels.losses import per_difference, sigmoid
 from apd_kernels.kernels.mining import best_of_splits, mine
@@ -182,11 +183,12 @@ def metric_perturb(
         return (start if begin is None else begin).to(x.dtype, copy=True).view(x.shape)
     points = (start if begin is None else begin.contiguous()).float()
     bank = None if memory is None else sets_of_rows(memory)
+    pairing = Pairing(labels, memory_labels)
     out = torch.empty(start.shape, dtype=x.dtype, device=x.device)
     spare = [torch.empty(start.shape, dtype=torch.float32, device=x.device) for _ in range(min(2, steps - 1))]
     BD = max(16, triton.next_power_of_2(dimension))
     for step in range(steps):
-        key, index, splits = mine(points, labels, memory, memory_labels, "euclidean", precision, most_splits=_SPLITS)
+        key, index, splits = mine(points, bank, pairing, "euclidean", precision, most_splits=_SPLITS)
         target = out if step == steps - 1 else spare[step % 2]
         rows = sets_of_rows(points) if bank is None else bank
         launch(

@@ -6,22 +6,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apd_kernels._core.pairing import Pairing
 from apd_kernels._core.rows import per_difference
-from apd_kernels.reference.mining import mine, pair_distance
+from apd_kernels.prepared import Operands
+from apd_kernels.reference.mining import mine, stacked_distances
 
 
 def triplet_loss(
     x: Tensor,
-    labels: Tensor,
     y: Tensor | None,
-    y_labels: Tensor | None,
+    prepared: Operands,
+    pairing: Pairing,
     margin: float | None,
     reverse: bool,
     metric: str,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Mine, then the loss over the winners."""
-    positive_index, negative_index = mine(x, labels, y, y_labels, metric)
+    positive_index, negative_index = mine(x, y, prepared, pairing, metric)
     loss, positive, negative = triplet_loss_indexed(x, y, positive_index, negative_index, margin, reverse, metric)
     return loss, positive, negative, positive_index, negative_index
 
@@ -36,19 +38,18 @@ def triplet_loss_indexed(
     metric: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L = mean over valid anchors of φ(±(d_p − d_n)), and ∂L/∂d_p, ∂L/∂d_n per row difference."""
-    other = x if y is None else y
-    positive = pair_distance(x, other, positive_index, metric)
-    negative = pair_distance(x, other, negative_index, metric)
-    valid = (positive_index >= 0) & (negative_index >= 0)
-    gap = negative - positive if reverse else positive - negative
+    indices = torch.stack([positive_index, negative_index])
+    distances = stacked_distances(x, y, indices, metric)
+    missing = (indices < 0).any(0)
+    gap = distances[1] - distances[0] if reverse else distances[0] - distances[1]
+    gap.masked_fill_(missing, -float("inf"))  # where term and slope are 0, also if the other distance is NaN
+    # The hinge at 0 has slope 0. NaN stays NaN: neither clamp nor the comparison hides it.
     if margin is None:
         term, slope = F.softplus(gap), torch.sigmoid(gap)
     else:
-        # The hinge at 0 has slope 0. NaN stays NaN: neither clamp nor the comparison may hide it.
-        term, slope = (gap + margin).clamp(min=0), torch.where(gap + margin <= 0, 0, torch.ones_like(gap))
-    count = valid.sum(-1).clamp(min=1)
-    loss = torch.where(valid, term, 0).sum(-1) / count
-    slope = torch.where(valid, slope, 0) / count[..., None]
-    if reverse:
-        slope = -slope
-    return loss, per_difference(slope, positive, metric), per_difference(-slope, negative, metric)
+        term = gap.add_(margin).clamp(min=0)
+        slope = (gap <= 0).logical_not_().to(gap.dtype)
+    count = missing.logical_not().sum(-1, keepdim=True).clamp_(min=1)
+    loss = term.sum(-1, keepdim=True).div_(count).squeeze(-1)
+    positive, negative = per_difference(slope.div_(count), distances, metric).expand_as(distances)
+    return (loss, -positive, negative.clone()) if reverse else (loss, positive.clone(), -negative)

@@ -6,76 +6,131 @@ import torch
 from torch import Tensor
 
 from apd_kernels._core.operators import internal_dtype
+from apd_kernels._core.pairing import Pairing
 from apd_kernels._core.rows import row_blocks
+from apd_kernels.prepared import Operands
+from apd_kernels.reference.pairing import pair_masks
+from apd_kernels.reference.prepared import column_keys, operands
+
+# Keys looked at in one go: 2 MB of float32 stay in the cache between the product and the passes over it.
+# 256×8192×512 on 2 cores, product alone, ms by rows × columns: 256×2048 12.0, 64×8192 18.4, 256×8192 14.5.
+BLOCK_KEYS = 1 << 19
+BLOCK_ROWS = 256
+# A maximum with its place takes 10 times as long as a maximum: first the best group, then the best column in it.
+GROUP = 64
 
 
 def batch_hard(
-    x: Tensor, labels: Tensor, y: Tensor | None, y_labels: Tensor | None, metric: str, precision: str
+    x: Tensor, y: Tensor | None, prepared: Operands, pairing: Pairing, metric: str, precision: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Distances and indices of each anchor's farthest positive and nearest negative."""
-    positive_index, negative_index = mine(x, labels, y, y_labels, metric)
-    other = x if y is None else y
-    return (
-        pair_distance(x, other, positive_index, metric),
-        pair_distance(x, other, negative_index, metric),
-        positive_index,
-        negative_index,
-    )
+    winners = mine(x, y, prepared, pairing, metric)
+    return *pair_distances(x, y, *winners, metric), *winners
 
 
-def mine(x: Tensor, labels: Tensor, y: Tensor | None, y_labels: Tensor | None, metric: str) -> tuple[Tensor, Tensor]:
+def mine(x: Tensor, y: Tensor | None, prepared: Operands, pairing: Pairing, metric: str) -> tuple[Tensor, Tensor]:
     """Winners by a key that orders as the distance of a fixed anchor: ½‖y‖² − x·y (Euclidean), −x·y (cosine, dot)."""
-    dtype = internal_dtype(x)
-    a = x.to(dtype)
-    b = a if y is None else y.to(dtype)
-    b_labels = labels if y_labels is None else y_labels
-    rows, columns = a.shape[-2], b.shape[-2]
-    positive_index = x.new_full(x.shape[:-1], -1, dtype=torch.int64)
-    negative_index = positive_index.clone()
-    if rows == 0 or columns == 0:
-        return positive_index, negative_index
-    euclidean = metric in ("euclidean", "sqeuclidean")
-    if euclidean:  # a common offset of all rows would cost the digits that tell them apart
-        centre = b.mean(-2, keepdim=True).nan_to_num(0, 0, 0)
-        a, b = a - centre, b - centre
-    half_square = 0.5 * (b * b).sum(-1)[..., None, :] if euclidean else b.new_zeros(())
-    infinity, smallest = float("inf"), torch.finfo(dtype).min
-    for block in row_blocks(rows, columns, max(1, x.shape[:-2].numel())):
-        # Missing: −inf for the maximum, +inf for the minimum. NaN (and a key out of range) wins on either side.
-        key = half_square - a[..., block, :] @ b.mT
-        same = labels[block, None] == b_labels[None, :]
-        other = ~same
-        if y is None:
-            anchors = torch.arange(block.start, block.stop, device=x.device)
-            same[anchors - block.start, anchors] = False
-        farthest = key.nan_to_num(infinity, infinity, smallest).masked_fill_(~same, -infinity).argmax(-1)
-        nearest = key.nan_to_num(-infinity, -smallest, -infinity).masked_fill_(~other, infinity).argmin(-1)
-        positive_index[..., block] = torch.where(same.any(-1), farthest, -1)
-        negative_index[..., block] = torch.where(other.any(-1), nearest, -1)
+    a, b, half = operands(x, y, prepared, metric in ("euclidean", "sqeuclidean"))
+    rows, columns, sets = a.shape[-2], b.shape[-2], max(1, x.shape[:-2].numel())
+    height = max(1, min(rows, BLOCK_ROWS, BLOCK_KEYS // (GROUP * sets)))
+    width = max(GROUP, BLOCK_KEYS // (height * sets) // GROUP * GROUP)
+    whole = columns // GROUP * GROUP  # the columns beyond make a block of their own
+    parts = [slice(first, min(first + width, whole)) for first in range(0, whole, width)]
+    if whole < columns:
+        parts.append(slice(whole, columns))
+    blocks = []
+    for start in range(0, rows, height):
+        block = slice(start, min(start + height, rows))
+        anchors = a[..., block, :]
+        farthest = nearest = None
+        for part in parts:
+            keys = column_keys(anchors, b[..., part, :], None if half is None else half[..., part])
+            # ∓inf stands for a missing pair; a key out of range is not missing. NaN wins on either side.
+            limit = torch.finfo(keys.dtype).max
+            keys.clamp_(-limit, limit)
+            positive, negative = pair_masks(pairing, block, part)
+            farthest = _better(farthest, _extreme(torch.where(positive, keys, -torch.inf), True), part.start, True)
+            nearest = _better(nearest, _extreme(torch.where(negative, keys, torch.inf), False), part.start, False)
+        if farthest is not None and nearest is not None:
+            blocks.append([torch.where(value.isinf(), -1, index) for value, index in (farthest, nearest)])
+    if not blocks:
+        nothing = x.new_full(x.shape[:-1], -1, dtype=torch.int64)
+        return nothing, nothing.clone()
+    if len(blocks) == 1:
+        return blocks[0][0], blocks[0][1]
+    positive_index, negative_index = (torch.cat(parts, -1) for parts in zip(*blocks, strict=True))
     return positive_index, negative_index
 
 
+def _better(
+    best: tuple[Tensor, Tensor] | None, candidate: tuple[Tensor, Tensor], first: int, largest: bool
+) -> tuple[Tensor, Tensor]:
+    """The better of two (value, index); the candidate's place counts from `first`."""
+    value, index = candidate
+    if best is None:
+        return value, index
+    index.add_(first)
+    # Strictly: among equals the lowest index stays. The first NaN stays, too.
+    better = (value > best[0]) if largest else (value < best[0])
+    better |= value.isnan() & ~best[0].isnan()
+    return torch.where(better, value, best[0]), torch.where(better, index, best[1])
+
+
+def _extreme(values: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
+    """The largest or smallest value of each row and its lowest place."""
+    width = values.shape[-1]
+    if width % GROUP or width == GROUP:
+        return values.max(-1) if largest else values.min(-1)
+    groups = values.unflatten(-1, (-1, GROUP))
+    value, group = groups.amax(-1).max(-1) if largest else groups.amin(-1).min(-1)
+    inside = groups.gather(-2, group[..., None, None].expand(*group.shape, 1, GROUP)).squeeze(-2)
+    place = inside.argmax(-1) if largest else inside.argmin(-1)
+    return value, place.add_(group, alpha=GROUP)
+
+
 def take_rows(y: Tensor, index: Tensor) -> Tensor:
-    """y[s, index[s, i]] for (S, M, D) and (S, N); y[index[i]] for (M, D) and (N,). -1 takes row 0."""
-    if y.shape[-2] == 0:
+    """y[index] for (M, D), y[s, index[…, s, i]] for (S, M, D) and (…, S, N). -1 takes row 0."""
+    if 0 in y.shape[:-1]:
         return y.new_zeros((*index.shape, y.shape[-1]))
-    return y.gather(-2, index.clamp(min=0)[..., None].expand(*index.shape, y.shape[-1]))
+    if y.dim() == 3:
+        return torch.stack([take_rows(rows, index[..., s, :]) for s, rows in enumerate(y)], -3)
+    # Not gather(), which copies elements where this copies rows.
+    return y.index_select(0, index.clamp(min=0).flatten()).view(*index.shape, y.shape[-1])
 
 
-def pair_distance(x: Tensor, y: Tensor, index: Tensor, metric: str) -> Tensor:
-    """d(x_i, y_index[i]) from the difference of the rows; 0 where the index is -1."""
+def pair_distances(
+    x: Tensor, y: Tensor | None, positive_index: Tensor, negative_index: Tensor, metric: str
+) -> tuple[Tensor, Tensor]:
+    """d(x_i, y_index[i]) from the differences of the rows; 0 where the index is -1."""
+    distances = stacked_distances(x, y, torch.stack([positive_index, negative_index]), metric)
+    return distances[0].clone(), distances[1].clone()  # an operator's results do not share memory
+
+
+def stacked_distances(x: Tensor, y: Tensor | None, indices: Tensor, metric: str) -> Tensor:
+    """(2, …, N), of the positives and of the negatives."""
     dtype = internal_dtype(x)
-    a, b = x.to(dtype), take_rows(y, index).to(dtype)
+    a, b = x.to(dtype), (x if y is None else y).to(dtype)
+    distances = [
+        row_distance(a[..., block, :], take_rows(b, indices[..., block]), metric)
+        for block in row_blocks(x.shape[-2], x.shape[-1], 2 * max(1, x.shape[:-2].numel()))
+    ]
+    if not distances:
+        return a.new_zeros(indices.shape)
+    return (distances[0] if len(distances) == 1 else torch.cat(distances, -1)).masked_fill_(indices < 0, 0)
+
+
+def row_distance(a: Tensor, b: Tensor, metric: str) -> Tensor:
+    """Distances row by row from the difference of the rows, (…, N)."""
     if metric == "dot":
-        distance = -(a * b).sum(-1)
-    elif metric == "cosine":  # 1 − a·b = ½‖a − b‖² for unit rows; a zero row adds the ½ that its length lacks
-        zero_rows = (a == 0).all(-1).to(dtype) + (b == 0).all(-1).to(dtype)
-        distance = 0.5 * ((a - b).square().sum(-1) + zero_rows)
-    elif metric == "sqeuclidean":
-        distance = (a - b).square().sum(-1)
-    else:
-        distance = torch.linalg.vector_norm(a - b, dim=-1)
-    return torch.where(index >= 0, distance, 0)
+        return -torch.linalg.vecdot(a, b)
+    if metric == "euclidean":
+        return torch.linalg.vector_norm(a - b, dim=-1)
+    squared = (a - b).square().sum(-1)
+    if metric == "sqeuclidean":
+        return squared
+    # 1 − a·b = ½‖a − b‖² for unit rows; a zero row adds the ½ that its length lacks
+    zero_rows = (a == 0).all(-1).to(a.dtype) + (b == 0).all(-1).to(a.dtype)
+    return 0.5 * (squared + zero_rows)
 
 
 def pair_gradient(
@@ -85,37 +140,48 @@ def pair_gradient(
     negative_weights: Tensor,
     positive_index: Tensor,
     negative_index: Tensor,
+    scale: Tensor | None,
     metric: str,
     for_x: bool,
     for_y: bool,
 ) -> tuple[Tensor, Tensor]:
     """∂x_i = Σ w (x_i − y_w) over anchor i's two winners; ∂y_j = Σ w (y_j − x_i) over the anchors i that chose j.
 
-    Without y both sums go to x. For "dot" the difference is −(the other row).
+    Without y both sums go to x. For "dot" the difference is −(the other row). `scale` multiplies a set's weights.
     """
     dtype = internal_dtype(x)
     a = x.to(dtype)
     b = a if y is None else y.to(dtype)
-    own = torch.zeros_like(a, memory_format=torch.contiguous_format)
-    chosen = own if y is None else torch.zeros_like(b, memory_format=torch.contiguous_format)
     rows, dimension = b.shape[-2:]
-    first = rows * torch.arange(x.shape[:-2].numel(), device=x.device).view(*x.shape[:-2], 1)  # row of each set
-    for weights, index in ((positive_weights, positive_index), (negative_weights, negative_index)):
-        if rows == 0:
-            break
-        weight = torch.where(index >= 0, weights, 0)[..., None]
-        target = (index.clamp(min=0) + first).flatten()
-        # A weight of 0 must drop its pair even when a row is not finite.
-        to_anchor = take_rows(b, index)
-        to_anchor = to_anchor.neg_() if metric == "dot" else torch.sub(a, to_anchor, out=to_anchor)
-        to_anchor.mul_(weight).masked_fill_(weight == 0, 0)
-        if for_x:
-            own.add_(to_anchor)
-        if for_x if y is None else for_y:
-            to_winner = (a * weight).masked_fill_(weight == 0, 0) if metric == "dot" else to_anchor
+    indices = torch.stack([positive_index, negative_index])
+    weights = torch.stack([positive_weights, negative_weights])
+    if scale is not None:
+        weights *= scale[..., None]
+    weights = weights.masked_fill_(indices < 0, 0)[..., None]
+    dropped = weights == 0  # a weight of 0 drops its pair even when a row is not finite
+    any_dropped = weights.device.type != "cpu" or bool(dropped.any())
+    for_chosen = for_x if y is None else for_y
+    blocks = list(row_blocks(x.shape[-2], dimension, 2 * max(1, x.shape[:-2].numel())))
+    own = torch.empty_like(a, memory_format=torch.contiguous_format) if for_x else x.new_empty(0)
+    chosen = torch.zeros_like(b, memory_format=torch.contiguous_format) if for_chosen else x.new_empty(0)
+    targets = indices.clamp(min=0)
+    if x.dim() == 3:  # rows of all sets, one after the other
+        targets += rows * torch.arange(len(x), device=x.device)[:, None]
+    for block in blocks:
+        weight, anchors = weights[..., block, :], a[..., block, :]
+        if for_x or metric != "dot":
+            to_anchor = take_rows(b, indices[..., block])
+            to_anchor = to_anchor.neg_() if metric == "dot" else torch.sub(anchors, to_anchor, out=to_anchor)
+            to_anchor.mul_(weight)
+            if any_dropped:
+                to_anchor.masked_fill_(dropped[..., block, :], 0)
+            if for_x:
+                torch.add(to_anchor[0], to_anchor[1], out=own[..., block, :])
+        if for_chosen and rows:
+            to_winner = (anchors * weight).masked_fill_(dropped[..., block, :], 0) if metric == "dot" else to_anchor
             # In anchor order on the CPU, so the sum is the same in every run.
-            chosen.view(-1, dimension).index_add_(0, target, to_winner.reshape(-1, dimension), alpha=-1)
-    return (
-        own.to(x.dtype) if for_x else x.new_empty(0),
-        chosen.to(y.dtype) if y is not None and for_y else x.new_empty(0),
-    )
+            target, change = targets[..., block].flatten(), to_winner.flatten(0, -2)
+            chosen.view(-1, dimension).index_add_(0, target, change, alpha=-1)
+    if for_x and y is None:
+        own.add_(chosen)
+    return own.to(x.dtype), chosen.to(y.dtype) if y is not None and for_y else x.new_empty(0)

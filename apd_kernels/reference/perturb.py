@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from apd_kernels._core.operators import internal_dtype
+from apd_kernels._core.pairing import Pairing
 from apd_kernels._core.rows import per_difference, unit_rows
+from apd_kernels.prepared import Operands
 from apd_kernels.reference.mining import batch_hard, pair_gradient
+from apd_kernels.reference.prepared import prepare_rows
 
 # Up to this share of D the N×N form pays. 10 steps on 2 CPU cores, N×N against direct, ms: 64×2048 3.8 and 21,
 # 256×2048 37 and 144, 512×2048 172 and 268, 64×512 3.3 and 7.8, 128×512 10.8 and 10.9, 256×512 32 and 24.
@@ -35,14 +38,18 @@ def metric_perturb(
     if plain and x.shape[0] <= SOLVER_SHARE * x.shape[1]:
         return solve(x, labels, epsilon, step_size, steps, relative)
 
+    bank = _as(memory, x.to(internal_dtype(x)))
+    prepared = Operands() if bank is None else prepare_rows(bank, True, precision)
+
     def gradient(z: Tensor) -> Tensor:
         positive, negative, positive_index, negative_index = batch_hard(
-            z, labels, memory, memory_labels, "euclidean", precision
+            z, bank, prepared, Pairing(labels, memory_labels), "euclidean", precision
         )
         slope = torch.sigmoid(positive - negative)
         slope = torch.where((positive_index >= 0) & (negative_index >= 0), slope, 0)
         weights = per_difference(slope, positive, "euclidean"), per_difference(-slope, negative, "euclidean")
-        return pair_gradient(z, _as(memory, z), *weights, positive_index, negative_index, "euclidean", True, False)[0]
+        winners = positive_index, negative_index
+        return pair_gradient(z, bank, *weights, *winners, None, "euclidean", True, False)[0]
 
     return _ascend(x, begin, gradient, epsilon, step_size, steps, relative, norm)
 

@@ -1,0 +1,86 @@
+"""Which rows of y are positives and which are negatives of an anchor, as every mining and pair loss understands it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from apd_kernels._core.checks import check_choice, check_integers, check_tensor
+
+DOMAIN_RULES = ("all", "within", "across")
+
+
+class Pairing(NamedTuple):
+    """Positives have the anchor's identity, negatives another one; then some of both are left out."""
+
+    labels: Tensor  # (N,), integers
+    y_labels: Tensor | None = None  # (M,), integers; None: y is x, and no anchor is paired with itself
+    own: Tensor | None = None  # (N,), integers: the row of y that is the anchor itself; -1 for none
+    domains: Tensor | None = None  # (N,), integers: the domain of each anchor
+    y_domains: Tensor | None = None  # (M,), integers; None with y_labels None
+    y_valid: Tensor | None = None  # (M,), bool: rows that may be chosen
+    positives: str = "all"  # "within": only of the anchor's domain; "across": only of other domains
+    negatives: str = "all"
+
+    SCHEMA = (
+        "Tensor labels, Tensor? y_labels, Tensor? own, Tensor? domains, Tensor? y_domains, Tensor? y_valid, "
+        "str positives, str negatives"
+    )
+
+
+def checked_pairing(
+    x: Tensor,
+    labels: Tensor,
+    y: Any,
+    y_labels: Tensor | None,
+    own: Tensor | None,
+    domains: Tensor | None,
+    y_domains: Tensor | None,
+    y_valid: Tensor | None,
+    positives: str,
+    negatives: str,
+) -> Pairing:
+    """The pairing of anchors x (N, D) or (S, N, D) with rows y (M, D) or (S, M, D); every argument checked.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or choice, or one without its counterpart.
+    """
+    n = x.shape[-2]
+    check_integers("labels", labels, n, x.device)
+    for name, value in (("y_labels", y_labels), ("own", own), ("y_domains", y_domains), ("y_valid", y_valid)):
+        if y is None and value is not None:
+            raise ValueError(f"y: expected with {name}, got None")
+    if y is not None:
+        if y_labels is None:
+            raise ValueError("y_labels: expected with y, got None")
+        m = y.shape[-2]
+        check_integers("y_labels", y_labels, m, x.device)
+        if own is not None:
+            check_integers("own", own, n, x.device)
+        if y_valid is not None:
+            check_tensor("y_valid", y_valid)
+            if y_valid.dtype != torch.bool:
+                raise TypeError(f"y_valid: expected torch.bool, got {y_valid.dtype}")
+            if y_valid.shape != (m,):
+                raise ValueError(f"y_valid: expected shape ({m},), got {tuple(y_valid.shape)}")
+            if y_valid.device != x.device:
+                raise ValueError(f"y_valid: expected device {x.device}, got {y_valid.device}")
+    check_choice("positives", positives, DOMAIN_RULES)
+    check_choice("negatives", negatives, DOMAIN_RULES)
+    if domains is None:
+        if y_domains is not None:
+            raise ValueError("domains: expected with y_domains, got None")
+        for name, rule in (("positives", positives), ("negatives", negatives)):
+            if rule != "all":
+                raise ValueError(f"domains: expected with {name}={rule!r}, got None")
+    else:
+        check_integers("domains", domains, n, x.device)
+        if y is not None:
+            if y_domains is None:
+                raise ValueError("y_domains: expected with domains and y, got None")
+            check_integers("y_domains", y_domains, y.shape[-2], x.device)
+        if positives == negatives == "all":  # nothing to leave out: the shorter path
+            domains = y_domains = None
+    return Pairing(labels, y_labels, own, domains, y_domains, y_valid, positives, negatives)

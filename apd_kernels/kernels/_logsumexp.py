@@ -1,0 +1,163 @@
+"""Softmax over the pairs of an anchor that are seen tile by tile, and sums of rows weighted by pairs.
+
+    largest = max_j l_ij,   total = Σ_j exp(l_ij − largest),   LSE = largest + ln total
+
+The columns are divided among several programs per row tile; each leaves its sums, and a merge adds them in the order of
+the splits. Weights of pairs are written in blocks of rows, of at most 64 MB, and used up before the next block: no
+float atomics, the same sums in every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from apd_kernels._core.rows import row_blocks
+from apd_kernels.kernels._launch import dot_precision, launch, row_stride
+from apd_kernels.kernels._tiles import nan_as
+
+# Programs in flight that fill the largest GPUs twice (132 multiprocessors on an H100); also the most splits of one row.
+MAX_SPLITS = 256
+# Rows of a block of weights are padded with zeros to a multiple of this, so that they are read in vectors.
+PADDING = 32
+
+
+@triton.jit
+def add_logits(largest, total, logits, mask):
+    """(largest, total) with one more tile, its exponentials, and the factor of earlier ones. NaN makes the total NaN."""
+    infinity: tl.constexpr = float("inf")
+    seen = tl.max(tl.where(mask, nan_as(logits, -infinity), -infinity), 1)
+    larger = tl.maximum(largest, seen)
+    shift = tl.where(larger == -infinity, 0.0, larger)  # as long as there is nothing
+    e = tl.exp(tl.where(mask, logits - shift[:, None], -infinity))
+    shrink = tl.exp(largest - shift)
+    return larger, total * shrink + tl.sum(e, 1), e, shrink
+
+
+@triton.jit
+def merged(sums, which, s, sets, rows, N, splits, SPLITS: tl.constexpr):
+    """Over the splits of a block of anchors, whose largest logits and totals are the sums `which` and `which` + 1:
+    their total, its LSE (−inf for a total of 0), and the factor of each split's sums, (rows, splits)."""
+    infinity: tl.constexpr = float("inf")
+    largest = split_values(sums, which, s, sets, rows, N, splits, -infinity, SPLITS)
+    shift = tl.max(largest, 1)
+    shift = tl.where(shift == -infinity, 0.0, shift)
+    factors = tl.exp(largest - shift[:, None])
+    total = tl.sum(split_values(sums, which + 1, s, sets, rows, N, splits, 0.0, SPLITS) * factors, 1)
+    log_sum = tl.where(total == 0, -infinity, shift + tl.log(tl.where(total == 0, 1.0, total)))
+    return total, log_sum, factors
+
+
+@triton.jit
+def split_values(sums, which, s, sets, rows, N, splits, missing, SPLITS: tl.constexpr):
+    """One of the sums [which, set, split, row] of a block of anchors, as (rows, splits)."""
+    t = tl.arange(0, SPLITS)
+    at = ((which * sets + s) * splits + t[None, :]) * N + rows[:, None]
+    return tl.load(sums + at, mask=(rows < N)[:, None] & (t < splits)[None, :], other=missing)
+
+
+@triton.jit
+def finite(values):
+    """0 in place of NaN and infinities: what a pair with such a row weighs says it already."""
+    values = values.to(tl.float32)
+    return tl.where(values - values == 0, values, 0.0)
+
+
+@triton.jit
+def _add_rows(
+    weights, own, other, out, rows, columns, first_row, first_column, own_rows, other_rows, D, width, height,
+    own_stride, other_stride, one,
+    TRANSPOSED: tl.constexpr, LESS_OWN: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    s = tl.program_id(2).to(tl.int64)
+    i = tl.program_id(0) * BM + tl.arange(0, BM)
+    k = tl.program_id(1) * BD + tl.arange(0, BD)
+    in_row = (k < D)[None, :]
+    weights += s * height * width
+    acc = tl.zeros((BM, BD), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    for j0 in range(0, columns, BN):
+        j = j0 + tl.arange(0, BN)
+        if TRANSPOSED:  # the padding is part of the mask: its limit is what the compiler knows to be a multiple of 16
+            at = j.to(tl.int64)[None, :] * width + i[:, None]
+            w = tl.load(weights + at, mask=(i < width)[:, None] & (j < columns)[None, :], other=0.0)
+        else:
+            at = i.to(tl.int64)[:, None] * width + j[None, :]
+            w = tl.load(weights + at, mask=(i < rows)[:, None] & (j < width)[None, :], other=0.0)
+        b = other + (s * other_rows + first_column + j)[:, None] * other_stride + k[None, :]
+        b = finite(tl.load(b, mask=(j < columns)[:, None] & in_row, other=0.0))
+        if LESS_OWN:
+            total += tl.sum(w, 1)
+        if PRECISION == "bf16":
+            acc += tl.dot(w.to(tl.bfloat16), b.to(tl.bfloat16)) * one
+        else:
+            acc += tl.dot(w, b, input_precision=PRECISION) * one
+    mask = (i < rows)[:, None] & in_row
+    row = s * own_rows + first_row + i
+    if LESS_OWN:
+        a = tl.load(own + row[:, None] * own_stride + k[None, :], mask=mask, other=0.0)
+        acc -= total[:, None] * finite(a)
+    out += row[:, None] * D + k[None, :]
+    tl.store(out, tl.load(out, mask=mask, other=0.0) + acc, mask=mask)
+
+
+@triton.jit(do_not_specialize=["n", "m", "start", "N", "M", "height"])
+def _add_to_anchors(
+    weights, x, y, out, n, m, start, N, M, D, width, height, x_stride, y_stride, one,
+    LESS_OWN: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """out_i += Σ_j w_ij y_j (LESS_OWN: y_j − x_i) for the n anchors from `start` on."""
+    _add_rows(weights, x, y, out, n, m, start, 0, N, M, D, width, height, x_stride, y_stride, one,
+              False, LESS_OWN, PRECISION, BM, BN, BD)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n", "m", "start", "N", "M", "height"])
+def _add_to_others(
+    weights, x, y, out, n, m, start, N, M, D, width, height, x_stride, y_stride, one,
+    LESS_OWN: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """out_j += Σ_i w_ij x_i (LESS_OWN: x_i − y_j) over the n anchors from `start` on."""
+    _add_rows(weights, y, x, out, m, n, 0, start, M, N, D, width, height, y_stride, x_stride, one,
+              True, LESS_OWN, PRECISION, BM, BN, BD)  # fmt: skip
+
+
+def column_splits(row_tiles: int, column_tiles: int, sets: int) -> tuple[int, int]:
+    """Into how many parts the columns are divided to fill the device, and the column tiles of each."""
+    splits = max(1, min(column_tiles, MAX_SPLITS // max(1, row_tiles * sets)))
+    tiles_per_split = max(1, triton.cdiv(column_tiles, splits))
+    return triton.cdiv(column_tiles, tiles_per_split), tiles_per_split
+
+
+def weight_blocks(n: int, m: int, sets: int, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of anchors and, for each, (sets, anchors, m + padding) elements to write their weights to."""
+    width = triton.cdiv(m, PADDING) * PADDING
+    blocks = list(row_blocks(n, width, sets))
+    if blocks:
+        weights = torch.empty(sets, blocks[0].stop, width, dtype=torch.float32, device=device)
+        yield from ((block, weights) for block in blocks)
+
+
+def add_weighted_rows(
+    for_x: Tensor, for_y: Tensor, weights: Tensor, a: Tensor, b: Tensor, block: slice, precision: str, less_own: bool
+) -> None:
+    """Launch `_add_to_anchors` and `_add_to_others`, each unless its result is empty; for_y is for_x where b is a."""
+    sets, n, dimension = a.shape
+    m = b.shape[1]
+    _, height, width = weights.shape
+    anchors = block.stop - block.start
+    # The weights are float32 whatever the rows are.
+    dots = dot_precision(weights, "fp32" if a.dtype in (torch.float16, torch.bfloat16) else precision)
+    BM, BN, BD = 64, 32, 64
+    for kernel, out, rows in ((_add_to_anchors, for_x, anchors), (_add_to_others, for_y, m)):
+        if out.dim() > 1:
+            launch(
+                kernel, (triton.cdiv(rows, BM), triton.cdiv(dimension, BD), sets),
+                weights, a, b, out, anchors, m, block.start, n, m, dimension, width, height,
+                row_stride(a), row_stride(b), 1.0,
+                LESS_OWN=less_own, PRECISION=dots, BM=BM, BN=BN, BD=BD, num_warps=8, num_stages=3,
+            )  # fmt: skip

@@ -1,0 +1,191 @@
+"""Rows made ready for products on tensor cores: centred, split or converted, with their half squares.
+
+float32 grade from float16 (`_split.split_product`): each row is scaled by a power of 4 to a largest magnitude of
+2¹² … 2¹⁴ and kept as hi = fp16(x s) and lo = fp16((x s − hi) 2¹¹). x·y from hi·hi', hi·lo' and lo·hi' is off by
+at most 2⁻²¹ ‖x‖‖y‖ (each lo is rounded to 2⁻²³, lo·lo' ≤ 2⁻²² is left out) and in random data by 2⁻²⁶.
+
+Rows for Euclidean distances are less a common vector: no difference of rows changes, and squares of smaller rows keep
+more digits of it. A row that is not finite becomes NaN.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from apd_kernels.kernels._launch import architecture, launch, row_stride, sets_of_rows
+from apd_kernels.kernels._split import high_and_low, power_of_four
+from apd_kernels.prepared import Operands
+
+# Rows that the mean is estimated from. Any common vector may be subtracted; a good one is near the mean.
+SAMPLED_ROWS = 1024
+# Prepared rows are padded with zeros to a multiple: whole chunks of every tile, and rows that TMA can address.
+PADDED = 64
+
+
+@triton.jit(do_not_specialize=["M"])
+def _split_rows(rows, centre, parts, root, half, M, D, padded, stride, BD: tl.constexpr):
+    """One program a row: its largest magnitude, then, from cache, its parts."""
+    s = tl.program_id(1).to(tl.int64)
+    at = s * M + tl.program_id(0)
+    magnitude = tl.zeros((BD,), tl.int32)
+    for k0 in range(0, D, BD):
+        v = _centred(rows + at * stride, centre, s, k0 + tl.arange(0, BD), D)
+        # As integers magnitudes have the same order, and what is not finite comes last.
+        magnitude = tl.maximum(magnitude, v.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    largest = tl.max(magnitude, 0)
+    r, scale = power_of_four(largest)
+    finite = largest < 0x7F800000
+    scale = tl.where(finite, scale, 1.0)
+    squares = tl.zeros((BD,), tl.float32)
+    for k0 in range(0, padded, BD):
+        k = k0 + tl.arange(0, BD)
+        v = _centred(rows + at * stride, centre, s, k, D) * scale
+        v = tl.where(finite, v, float("nan"))
+        squares += v * v
+        high, low = high_and_low(v)
+        out = parts + at * 2 * padded + k
+        tl.store(out, high, mask=k < padded)
+        tl.store(out + padded, low, mask=k < padded)
+    tl.store(root + at, r)
+    if half is not None:
+        tl.store(half + at, 0.5 * tl.sum(squares, 0))
+
+
+@triton.jit(do_not_specialize=["M"])
+def _convert_rows(rows, centre, parts, half, M, D, padded, stride, TF32: tl.constexpr, BD: tl.constexpr):
+    """One program a row: the row in the dtype of `parts`, and half its square after rounding; either may be None."""
+    s = tl.program_id(1).to(tl.int64)
+    at = s * M + tl.program_id(0)
+    squares = tl.zeros((BD,), tl.float32)
+    for k0 in range(0, padded, BD):
+        k = k0 + tl.arange(0, BD)
+        v = _centred(rows + at * stride, centre, s, k, D)
+        if TF32:  # rounded here: a tensor core would truncate, and the square would be that of another row
+            rounded = ((v.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+            v = tl.where(v == v, rounded, v)
+        if parts is not None:
+            v = v.to(parts.dtype.element_ty)
+            tl.store(parts + at * padded + k, v, mask=k < padded)
+        v = v.to(tl.float32)
+        squares += v * v
+    if half is not None:
+        tl.store(half + at, 0.5 * tl.sum(squares, 0))
+
+
+@triton.jit
+def _centred(row, centre, s, k, D):
+    v = tl.load(row + k, mask=k < D, other=0.0).to(tl.float32)
+    if centre is not None:
+        v -= tl.load(centre + s * D + k, mask=k < D, other=0.0)
+    return v
+
+
+def is_split(x: Tensor, precision: str) -> bool:
+    """Whether rows like `x` are prepared as hi and lo parts."""
+    return x.dtype == torch.float32 and precision == "fp32"
+
+
+def prepare_rows(rows: Tensor, euclidean: bool, precision: str, centre: Tensor | None = None) -> Operands:
+    """Launch `_split_rows` or `_convert_rows`: S sets of M rows as products are taken of them, D' elements after padding.
+
+    parts: (S, M, 2 D') float16, hi of a row and then its lo, of float32 rows for "fp32"; else (S, M, D'), the rows
+    converted (half-precision rows themselves if their layout allows). half: (S, M), of split rows in units of their
+    scale, and centre: (S, D), for Euclidean distances. root: (S, M) powers of two, and largest: (S,), of split rows.
+    `centre` is subtracted instead of the rows' own: that of the rows that they will be compared with.
+    """
+    a = sets_of_rows(rows)
+    sets, m, dimension = a.shape
+    padded = triton.cdiv(dimension, PADDED) * PADDED
+    half = torch.empty(sets, m, dtype=torch.float32, device=a.device) if euclidean else None
+    if not euclidean or a.dtype != torch.float32:
+        centre = None
+    elif centre is None:
+        centre = _mean_row(a)
+    BD = min(1024, triton.next_power_of_2(padded))
+    if is_split(a, precision):
+        parts = torch.empty(sets, m, 2 * padded, dtype=torch.float16, device=a.device)
+        root = torch.empty(sets, m, dtype=torch.float32, device=a.device)
+        launch(
+            _split_rows, (m, sets),
+            a, centre, parts, root, half, m, dimension, padded, row_stride(a), BD=BD, num_warps=4,
+        )  # fmt: skip
+        largest = root.amax(1) if m else root.new_ones(sets)
+        return Operands(parts, half, centre, root, largest)
+    dtype = torch.bfloat16 if a.dtype == torch.float32 and precision == "bf16" else a.dtype
+    as_is = (
+        dtype == a.dtype
+        and centre is None
+        and padded == dimension == row_stride(a)
+        and a.storage_offset() * a.element_size() % 16 == 0
+    )
+    converted = None if as_is else torch.empty(sets, m, padded, dtype=dtype, device=a.device)
+    if converted is not None or half is not None:
+        launch(
+            _convert_rows, (m, sets),
+            a, centre, converted, half, m, dimension, padded, row_stride(a),
+            TF32=dtype == torch.float32, BD=BD, num_warps=4,
+        )  # fmt: skip
+    return Operands(a if converted is None else converted, half, centre)
+
+
+def operands(
+    x: Tensor, y: Tensor | None, prepared: Operands, euclidean: bool, precision: str
+) -> tuple[Operands, Operands]:
+    """Both sides of a product, less the same centre; y's from `prepared` if there is, without y x's twice."""
+    b = prepare_rows(x if y is None else y, euclidean, precision) if prepared.parts is None else prepared
+    return (b if y is None else prepare_rows(x, euclidean, precision, b.centre)), b
+
+
+def _mean_row(rows: Tensor) -> Tensor:
+    """About the mean of each set, (S, D), of what is finite."""
+    sample = rows[:, :: max(1, triton.cdiv(rows.shape[1], SAMPLED_ROWS))]
+    return sample.nan_to_num(0, 0, 0).mean(1).nan_to_num(0, 0, 0)
+
+
+# Of `split_product` by compute capability; the first that the device reaches. H100: 157 TFLOP/s (cuBLAS float32: 50).
+SPLIT_TILES: dict[int, dict[str, Any]] = {
+    100: {"SEPARATE": True, "BM": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 3},
+    90: {"SEPARATE": False, "BM": 128, "BN": 128, "BK": 32, "num_warps": 8, "num_stages": 4},
+    0: {"SEPARATE": False, "BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 3},
+}
+PLAIN_TILES: dict[int, dict[str, Any]] = {
+    90: {"SEPARATE": False, "BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+    0: {"SEPARATE": False, "BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 3},
+}
+
+
+def product_options(x: Tensor, precision: str) -> dict[str, Any]:
+    """Constants and options of a kernel that calls `split_product` for rows like `x`."""
+    capability = architecture(x)
+    table = SPLIT_TILES if is_split(x, precision) else PLAIN_TILES
+    tile = next(tile for least, tile in table.items() if capability >= least)
+    form = "split" if is_split(x, precision) else "tf32" if x.dtype == torch.float32 and precision == "tf32" else "ieee"
+    return {"FORM": form, "TMA": has_tma(x), **tile}
+
+
+def has_tma(x: Tensor) -> bool:
+    """Whether tiles are loaded by descriptors. In older GPUs they become plain loads that spill."""
+    return architecture(x) >= 90
+
+
+def tiles_of(parts: Tensor, rows: int, options: dict[str, Any]) -> Tensor | TensorDescriptor:
+    """What `split_product` reads `parts` from, `rows` of them a tile."""
+    flat = parts.view(-1, parts.shape[-1])
+    return TensorDescriptor.from_tensor(flat, [rows, options["BK"]]) if options["TMA"] else flat
+
+
+def programs(x: Tensor) -> int:
+    """Of a persistent grid: one a multiprocessor."""
+    return _multiprocessors(x.get_device()) if x.is_cuda else 132
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

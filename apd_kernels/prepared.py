@@ -1,0 +1,142 @@
+"""Rows made ready for distances once: a memory bank or a gallery that many batches are compared with."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from apd_kernels._core.backend import implementation, resolve_backend
+from apd_kernels._core.checks import check_choice, check_comparable, check_features
+from apd_kernels._core.operators import implementation_context
+from apd_kernels._core.precision import resolve_precision
+from apd_kernels._core.rows import unit_rows
+
+METRICS = ("euclidean", "sqeuclidean", "cosine", "dot")
+
+
+class Operands(NamedTuple):
+    """Rows made ready for products; what is there, and in which form, is the backend's choice."""
+
+    parts: Tensor | None = None  # the rows, centred, converted, split, padded; None: nothing is prepared
+    half: Tensor | None = None  # ½‖row‖² of each row, for Euclidean distances
+    centre: Tensor | None = None  # what was subtracted from the rows
+    root: Tensor | None = None  # scale^−½ of each row
+    largest: Tensor | None = None  # max root
+
+    SCHEMA = "Tensor? parts, Tensor? half, Tensor? centre, Tensor? root, Tensor? largest"
+
+
+class PreparedRows:
+    """Rows as products with them are taken: see `prepare_rows`. It does not follow later changes of the rows."""
+
+    def __init__(self, rows: Tensor, operands: Operands, dtype: torch.dtype, metric: str, precision: str, backend: str):
+        self.rows = rows  # (M, D) or (S, M, D): what distances of chosen rows are taken from; unit rows for "cosine"
+        self.operands = operands  # of the backend: see `prepare_rows` in its prepared.py
+        self.dtype = dtype  # of the rows that were given
+        self.metric = metric  # "euclidean" (also for squares), "cosine" or "dot"
+        self.precision = precision
+        self.backend = backend
+
+    @property
+    def shape(self) -> torch.Size:
+        """(M, D) or (S, M, D)."""
+        return self.rows.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
+    def nbytes(self) -> int:
+        """Memory that is held beside the rows themselves."""
+        kept = [tensor for tensor in self.operands if tensor is not None]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+        storages.pop(self.rows.untyped_storage().data_ptr(), None)
+        return sum(storages.values())
+
+    def __repr__(self) -> str:
+        return (
+            f"PreparedRows(shape={tuple(self.shape)}, metric={self.metric!r}, precision={self.precision!r}, "
+            f"backend={self.backend!r}, device={self.device})"
+        )
+
+
+def prepare_rows(y: Tensor, *, metric: str = "euclidean", precision: str | None = None) -> PreparedRows:
+    """Norms, centred copies and precision splits of rows, to be kept and given as `y` in place of the rows.
+
+    `pairwise_distance`, `batch_hard` and `triplet_loss` otherwise make them anew in each call. The copies take as much
+    memory as the rows in float32 (half of it for ``"bf16"``; nothing but norms for half-precision rows on a GPU).
+    They are constants: no gradient reaches `y`, and changes of `y` are not seen.
+
+    Args:
+        y: rows, shape (M, D) or (S, M, D); float16, bfloat16, float32 or float64.
+        metric: ``"euclidean"`` (also serves ``"sqeuclidean"``), ``"sqeuclidean"``, ``"cosine"`` or ``"dot"``.
+        precision: of products on tensor cores, as in `pairwise_distance`; those of every later call.
+
+    Returns:
+        `PreparedRows`, which serves calls with the same kind of metric, dtype, device and backend.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or choice.
+
+    >>> import torch
+    >>> from apd_kernels import batch_hard, prepare_rows
+    >>> bank, identities = torch.tensor([[0.0, 1.0], [4.0, 0.0], [9.0, 0.0]]), torch.tensor([7, 8, 7])
+    >>> kept = prepare_rows(bank)
+    >>> batch_hard(torch.tensor([[0.0, 0.0]]), torch.tensor([7]), kept, identities).distances
+    Pair(positive=tensor([9.]), negative=tensor([4.]))
+    """
+    check_features("y", y)
+    check_choice("metric", metric, METRICS)
+    precision = resolve_precision(precision)
+    backend = resolve_backend(y)
+    dtype = y.dtype
+    rows = unit_rows(y.detach()) if metric == "cosine" else y.detach()
+    kind = _kind(metric)
+    with implementation_context(rows, backend):
+        operands = implementation(backend, "prepared").prepare_rows(rows, kind == "euclidean", precision)
+    return PreparedRows(rows, operands, dtype, kind, precision, backend)
+
+
+def checked_operands(
+    x: Tensor, y: Tensor | PreparedRows | None, metric: str, precision: str | None
+) -> tuple[Tensor, Tensor | None, Operands, str, str]:
+    """Check what distances are taken of: x, y, the prepared operands of y, precision and backend for an operator.
+
+    Rows are of unit length for "cosine"; there are no operands where y is not prepared.
+    """
+    check_features("x", x)
+    check_choice("metric", metric, METRICS)
+    if not isinstance(y, PreparedRows):
+        if y is not None:
+            check_comparable("y", y, "x", x)
+        backend = resolve_backend(x)
+        if metric == "cosine":
+            x, y = unit_rows(x), None if y is None else unit_rows(y)
+        return x, y, Operands(), resolve_precision(precision), backend
+    if y.dtype != x.dtype:
+        raise TypeError(f"y: expected {x.dtype} as x, got {y.dtype} that were prepared")
+    if y.device != x.device:
+        raise ValueError(f"y: expected device {x.device} as x, got {y.device}")
+    if len(y.shape) != x.dim() or y.shape[-1] != x.shape[-1] or y.shape[:-2] != x.shape[:-2]:
+        expected = (*x.shape[:-2], "M", x.shape[-1])
+        raise ValueError(f"y: expected shape ({', '.join(map(str, expected))}), got {tuple(y.shape)}")
+    backend = resolve_backend(x)
+    for name, wanted, found in (
+        ("metric", _kind(metric), y.metric),
+        ("precision", y.precision if precision is None else resolve_precision(precision), y.precision),
+        ("backend", backend, y.backend),
+    ):
+        if wanted != found:
+            raise ValueError(f"y: expected rows prepared for {name} {wanted!r}, got {found!r}")
+    return unit_rows(x) if metric == "cosine" else x, y.rows, y.operands, y.precision, backend
+
+
+def _kind(metric: str) -> str:
+    return "euclidean" if metric == "sqeuclidean" else metric
+
+
+def rows_of(y: Any) -> Any:
+    """y itself, or the rows that were prepared."""
+    return y.rows if isinstance(y, PreparedRows) else y

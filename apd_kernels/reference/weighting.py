@@ -1,0 +1,82 @@
+"""Softmax-weighted distances in blocks of rows; the gradient from distances that are computed again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from apd_kernels._core.pairing import Pairing
+from apd_kernels._core.rows import per_difference, row_blocks
+from apd_kernels.prepared import Operands
+from apd_kernels.reference.logsumexp import add_weighted_rows, chunks, exponentials
+from apd_kernels.reference.pairing import pair_masks
+from apd_kernels.reference.prepared import column_keys, half_squares, operands
+
+
+def weighted_pairs(
+    x: Tensor, y: Tensor | None, prepared: Operands, pairing: Pairing, metric: str, precision: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """d_p = Σ softmax_p(d) d and d_n = Σ softmax_n(−d) d, and the log-sum-exps of both softmaxes."""
+    a, b, half = operands(x, y, prepared, metric in ("euclidean", "sqeuclidean"))
+    rows, columns, sets = a.shape[-2], b.shape[-2], max(1, x.shape[:-2].numel())
+    distances = [a.new_zeros(a.shape[:-1]) for _ in range(2)]
+    sums = [a.new_full(a.shape[:-1], -float("inf")) for _ in range(2)]
+    for block in row_blocks(rows, columns, sets) if columns else ():
+        d_block = _distance(a[..., block, :], b, half, metric)
+        for chunk in chunks(block, columns, sets):
+            d = d_block[..., chunk.start - block.start : chunk.stop - block.start, :]
+            for side, mask in enumerate(pair_masks(pairing, chunk)):
+                e, total, sums[side][..., chunk] = exponentials(-d if side else d, mask)
+                weighted = e.mul_(d).masked_fill_(~mask, 0).sum(-1)
+                distances[side][..., chunk] = torch.where(total == 0, 0, weighted / total)
+    return distances[0], distances[1], sums[0], sums[1]
+
+
+def weighted_pairs_backward(
+    for_positive: Tensor,
+    for_negative: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    of_positives: Tensor,
+    of_negatives: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    prepared: Operands,
+    pairing: Pairing,
+    metric: str,
+    precision: str,
+    needs_x: bool,
+    needs_y: bool,
+) -> tuple[Tensor, Tensor]:
+    """∂d_p/∂d_ij = softmax_p,ij (1 + d_ij − d_p), ∂d_n/∂d_ij = softmax_n,ij (1 − d_ij + d_n)."""
+    euclidean = metric in ("euclidean", "sqeuclidean")
+    a, b, half = operands(x, y, prepared, euclidean)
+    rows, columns, sets = a.shape[-2], b.shape[-2], max(1, x.shape[:-2].numel())
+    for_x = a.new_zeros(a.shape if needs_x else 0)
+    for_y = for_x if y is None else a.new_zeros(b.shape if needs_y else 0)
+    for block in row_blocks(rows, columns, sets) if columns else ():
+        d_block = _distance(a[..., block, :], b, half, metric)
+        for chunk in chunks(block, columns, sets):
+            d = d_block[..., chunk.start - block.start : chunk.stop - block.start, :]
+            masks = pair_masks(pairing, chunk)
+            slope = torch.zeros_like(d)
+            for sign, mask, gradient, distance, log_sum in (
+                (1, masks[0], for_positive, positive, of_positives),
+                (-1, masks[1], for_negative, negative, of_negatives),
+            ):
+                at = (..., chunk, None)
+                slope_of_side = (sign * d - log_sum[at]).exp_().mul_((d - distance[at]).mul_(sign).add_(1))
+                unused = ~mask | (gradient[at] == 0)  # a NaN that has no weight stays out
+                slope += slope_of_side.mul_(gradient[at]).masked_fill_(unused, 0)
+            d.copy_(per_difference(slope, d, metric))
+        add_weighted_rows(for_x, for_y, d_block, a, b, block, y is None, less_own=euclidean)
+    return for_x.neg_().to(x.dtype), x.new_empty(0) if y is None else for_y.neg_().to(y.dtype)
+
+
+def _distance(a: Tensor, b: Tensor, half: Tensor | None, metric: str) -> Tensor:
+    """d(a_i, b_j); for "cosine" rows have length 1 or 0."""
+    keys = column_keys(a, b, half, 2)
+    if half is None:
+        return keys.add_(1).clamp_(min=0) if metric == "cosine" else keys
+    squared = keys.add_(2 * half_squares(a)[..., None]).clamp_(min=0)
+    return squared if metric == "sqeuclidean" else squared.sqrt_()
