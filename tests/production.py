@@ -16,6 +16,7 @@ from apd_kernels.kernels import (
     neighbors,
     perturb,
     perturbation,
+    prepared,
     ranking,
     ssd,
     weighting,
@@ -137,9 +138,26 @@ def mining_in_memory() -> None:
 
 
 @case
+def mining_of_kept_rows() -> None:
+    kept = torch.empty(65536, 2048, device="meta")
+    for metric, dtype, precision in (
+        ("cosine", torch.float32, "fp32"),
+        ("euclidean", torch.float32, "tf32"),
+        ("euclidean", torch.float32, "bf16"),
+        ("euclidean", torch.float16, "fp32"),
+    ):
+        x, y, euclidean = _rows(256, 2048, dtype=dtype), kept.to(dtype), metric == "euclidean"
+        operands = prepared.prepare_rows(y, euclidean, precision)
+        mining.batch_hard(x, y, operands, Pairing(_indices(256), _indices(65536)), metric, precision)
+
+
+@case
 def mining_in_large_batch() -> None:
     for precision in ("fp32", "tf32"):
         mining.batch_hard(_rows(4096, 2048), None, Operands(), Pairing(_indices(4096)), "euclidean", precision)
+    labels = _indices(4096)
+    pairing = Pairing(labels, domains=labels, positives="across", negatives="within")
+    mining.batch_hard(_rows(4096, 2048), None, Operands(), pairing, "euclidean", "fp32")
 
 
 @case
@@ -197,9 +215,9 @@ def contrastive_losses_half() -> None:
 
 
 def _weighted(x: torch.Tensor, y: torch.Tensor | None, pairing: Pairing, metric: str, precision: str = "fp32") -> None:
-    choices = *pairing, metric, precision
-    found = weighting.weighted_pairs(x, y, [], *choices)
-    weighting.weighted_pairs_backward(*found[:2], *found, x, y, [], *choices, True, y is not None)
+    choices = Operands(), pairing, metric, precision
+    found = weighting.weighted_pairs(x, y, *choices)
+    weighting.weighted_pairs_backward(*found[:2], *found, x, y, *choices, True, y is not None)
 
 
 @case
@@ -424,8 +442,8 @@ def circle_loss_over_sizes() -> None:
 @over_sizes
 def supervised_contrastive_loss_over_sizes() -> None:
     for n in range(1, 301):
-        choices = *_ruled(n, 3 * n), "contrastive", 10.0, 0.0, "fp32", True, True
-        contrastive.contrastive_loss(_rows(n, 2048), _rows(3 * n, 2048), [], *choices)
+        choices = Operands(), _ruled(n, 3 * n), "contrastive", 10.0, 0.0, "fp32", True, True
+        contrastive.contrastive_loss(_rows(n, 2048), _rows(3 * n, 2048), *choices)
 
 
 @over_sizes

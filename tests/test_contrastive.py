@@ -323,9 +323,7 @@ def _random_case(seed: int, dtype: torch.dtype, most: int) -> tuple[str, tuple[A
     if random.random() < 0.5:
         rules.update(domains=torch.from_numpy(random.integers(0, 3, n)))
         rules.update(y_domains=torch.from_numpy(random.integers(0, 3, m)))
-        rules.update(
-            zip(("positives", "negatives"), random.choice(["all", "within", "across"], 2).tolist(), strict=True)
-        )
+        rules["positives"], rules["negatives"] = random.choice(["all", "within", "across"], 2).tolist()
     return name, (x, labels, y, y_labels), rules
 
 

@@ -401,6 +401,36 @@ def test_many_anchors_by_sorting(backend: Backend, monkeypatch: pytest.MonkeyPat
                 assert_close(b.grad, q.grad, 2e-6, "gradient of y")
 
 
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("metric", ["euclidean", "dot"])
+def test_split_rows(metric: str, tma: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of float16 parts, through pointers and descriptors: winners, in all tiles and above the diagonal."""
+    mining = pytest.importorskip("apd_kernels.kernels.mining")
+    from apd_kernels import use_backend
+    from apd_kernels._core.backend import INTERPRETED
+
+    device = "cpu" if INTERPRETED else "cuda"
+    if not INTERPRETED and tma:
+        pytest.skip("the device decides")
+    monkeypatch.setattr("apd_kernels.kernels.distance.SPLIT_PRODUCTS", 0)
+    if INTERPRETED:
+        monkeypatch.setattr("apd_kernels.kernels.prepared.has_tma", lambda x: tma)
+    for seed, (sets, n, m) in enumerate((((), 70, 150), ((2,), 20, 70), ((), 130, None), ((2,), 67, None))):
+        monkeypatch.setattr(mining, "TRIANGLE_ROWS", (1, 16384) if seed % 2 == 0 else (10**9, 0))
+        x, labels = features(*sets, n, 70, dtype=torch.float32, seed=seed, identities=9)
+        y = y_labels = None
+        if m is not None:
+            y, y_labels = features(*sets, m, 70, dtype=torch.float32, seed=seed + 10, identities=9)
+            y = y + 2
+        x = x + 2
+        options = pairing_options(random.Random(seed), n, m)
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
+        rows = [None if t is None else t.to(device) for t in (x, labels, y, y_labels)]
+        with use_backend("triton"):
+            mined = batch_hard(*rows, metric=metric, **moved)
+        check(mined, x, labels, y, y_labels, metric, 1e-5, **options)
+
+
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_tiles_above_the_diagonal(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows against themselves by half of the tiles find what all tiles find."""

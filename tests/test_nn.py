@@ -48,7 +48,7 @@ def test_triplet_loss(configuration: dict[str, object]) -> None:
         (nn.SupervisedContrastiveLoss, supervised_contrastive_loss, {}),
         (nn.SupervisedContrastiveLoss, supervised_contrastive_loss, {"temperature": 0.5, "metric": "dot"}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_losses_of_all_pairs(
     module: type[torch.nn.Module], function: Callable[..., Tensor], configuration: dict[str, object]

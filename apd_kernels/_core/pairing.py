@@ -29,6 +29,10 @@ class Pairing(NamedTuple):
         "str positives, str negatives"
     )
 
+    def of_labels_only(self) -> bool:
+        """Whether labels decide alone (and, without y, the place on the diagonal)."""
+        return self.own is None and self.domains is None and self.y_valid is None
+
 
 def checked_pairing(
     x: Tensor,

@@ -28,7 +28,7 @@ PADDING = 32
 
 @triton.jit
 def add_logits(largest, total, logits, mask):
-    """(largest, total) with one more tile, its exponentials, and the factor of earlier ones. NaN makes the total NaN."""
+    """(largest, total) with one more tile, its exponentials, and the factor of earlier ones. A NaN shows in total."""
     infinity: tl.constexpr = float("inf")
     seen = tl.max(tl.where(mask, nan_as(logits, -infinity), -infinity), 1)
     larger = tl.maximum(largest, seen)

@@ -184,7 +184,7 @@ def contrastive_loss(
     needs_x: bool,
     needs_y: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch `_contrast`, `_contrast_terms`, `_contrast_mean`; for gradients, blocks of `_contrast_weights` and sums."""
+    """Launch `_contrast`, `_contrast_terms`, `_contrast_mean`; for gradients, `_contrast_weights` and sums by block."""
     a = sets_of_rows(x)
     b = a if y is None else sets_of_rows(y)
     sets, n, dimension = a.shape

@@ -128,37 +128,62 @@ def _store_distances(
         mask = mask & (rows[:, None] <= columns[None, :])
     tl.store(out + x_at[:, None] * M + columns[None, :], d, mask=mask)
     if SELF:
-        mask = column_mask[:, None] & row_mask[None, :] & (rows[None, :] < columns[:, None])
-        tl.store(out + y_at[:, None] * M + rows[None, :], d.T, mask=mask)
+        mask = (rows[None, :] < columns[:, None]) & column_mask[:, None] & row_mask[None, :]
+        place = out + (s.to(tl.int64) * N + column) * M + row
+        tl.store(place + tl.arange(0, BN).to(tl.int64)[:, None] * M + tl.arange(0, BM)[None, :], d.T, mask=mask)
+
+
+@triton.jit
+def _store_in_parts(
+    acc, row, column, x_half, y_half, x_root, y_root, x_largest, y_largest, out, s, N, M,
+    METRIC: tl.constexpr, SELF: tl.constexpr, FORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PART: tl.constexpr,
+):  # fmt: skip
+    """`_store_distances` of PART columns at a time."""
+    if BN > PART:
+        left, right = acc.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+        _store_in_parts(left, row, column, x_half, y_half, x_root, y_root, x_largest, y_largest, out, s, N, M,
+                        METRIC, SELF, FORM, BM, BN // 2, PART)  # fmt: skip
+        _store_in_parts(right, row, column + BN // 2, x_half, y_half, x_root, y_root, x_largest, y_largest, out, s,
+                        N, M, METRIC, SELF, FORM, BM, BN // 2, PART)  # fmt: skip
+    else:
+        _store_distances(acc, row, column, x_half, y_half, x_root, y_root, x_largest, y_largest, out, s, N, M,
+                         METRIC, SELF, FORM, BM, BN)  # fmt: skip
+
+
+@triton.jit
+def _distance_tile(
+    x, y, x_half, y_half, x_root, y_root, x_largest, y_largest, out, s, i, j, S, N, M, D, one,
+    METRIC: tl.constexpr, SELF: tl.constexpr, FORM: tl.constexpr, TMA: tl.constexpr, SEPARATE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    acc = split_product(x, y, s * N + i * BM, s * M + j * BN, S * N - 1, S * M - 1, D, one,
+                        FORM, TMA, SEPARATE, BM, BN, BK)  # fmt: skip
+    _store_in_parts(acc, i * BM, j * BN, x_half, y_half, x_root, y_root, x_largest, y_largest, out, s, N, M,
+                    METRIC, SELF, FORM, BM, BN, PART)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["S", "N", "M"])
 def _prepared_distance(
     x, y, x_half, y_half, x_root, y_root, x_largest, y_largest, out, S, N, M, D, one,
     METRIC: tl.constexpr, SELF: tl.constexpr, FORM: tl.constexpr, TMA: tl.constexpr, SEPARATE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Distances of prepared rows, tile after tile by a grid that stays. SELF: of tiles above the diagonal, and with
-    them their mirror images."""
+    """Distances of prepared rows, by a grid that stays and takes tile after tile. SELF: one program a tile on or above
+    the diagonal, which also writes its mirror image; in a loop its addresses would take registers from the product."""
     row_tiles, column_tiles = tl.cdiv(N, BM), tl.cdiv(M, BN)
     if SELF:
         tiles = row_tiles * (row_tiles + 1) // 2
+        t = tl.program_id(0)
+        i, j = triangle_tile(t % tiles, row_tiles, GROUP)
+        _distance_tile(x, y, x_half, y_half, x_root, y_root, x_largest, y_largest, out, t // tiles, i, j, S, N, M, D,
+                       one, METRIC, SELF, FORM, TMA, SEPARATE, BM, BN, BK, PART)  # fmt: skip
     else:
         tiles = row_tiles * column_tiles
-    for t in tl.range(tl.program_id(0), S * tiles, tl.num_programs(0), flatten=FLATTEN):
-        s = t // tiles
-        if SELF:
-            i, j = triangle_tile(t % tiles, row_tiles, GROUP)
-        else:
+        for t in tl.range(tl.program_id(0), S * tiles, tl.num_programs(0), flatten=True):
             i, j = grouped_tile(t % tiles, row_tiles, column_tiles, GROUP)
-        acc = split_product(x, y, s * N + i * BM, s * M + j * BN, S * N - 1, S * M - 1, D, one,
-                            FORM, TMA, SEPARATE, BM, BN, BK)  # fmt: skip
-        # In halves: a whole tile's values, addresses and their mirror image leave the registers on sm_90.
-        left, right = acc.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
-        _store_distances(left, i * BM, j * BN, x_half, y_half, x_root, y_root, x_largest, y_largest, out, s, N, M,
-                         METRIC, SELF, FORM, BM, BN // 2)  # fmt: skip
-        _store_distances(right, i * BM, j * BN + BN // 2, x_half, y_half, x_root, y_root, x_largest, y_largest, out, s,
-                         N, M, METRIC, SELF, FORM, BM, BN // 2)  # fmt: skip
+            _distance_tile(x, y, x_half, y_half, x_root, y_root, x_largest, y_largest, out, t // tiles, i, j, S, N, M,
+                           D, one, METRIC, SELF, FORM, TMA, SEPARATE, BM, BN, BK, PART)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N", "M", "row_step", "column_step"])
@@ -252,11 +277,11 @@ def _of_prepared(x: Tensor, y: Tensor | None, prepared: Operands, metric: str, p
     row_tiles, column_tiles = triton.cdiv(n, options["BM"]), triton.cdiv(m, options["BN"])
     tiles = sets * (row_tiles * (row_tiles + 1) // 2 if y is None else row_tiles * column_tiles)
     launch(
-        _prepared_distance, (min(tiles, programs(x)),),
+        _prepared_distance, (tiles if y is None else min(tiles, programs(x)),),
         tiles_of(a.parts, options["BM"], options), tiles_of(b.parts, options["BN"], options),
         a.half, b.half, a.root, b.root, a.largest, b.largest, out, sets, n, m,
         a.parts.shape[-1] // (2 if a.root is not None else 1), 1.0,
-        METRIC=METRIC_NUMBER[metric], SELF=y is None, GROUP=GROUP, FLATTEN=y is not None, **options,
+        METRIC=METRIC_NUMBER[metric], SELF=y is None, GROUP=GROUP, PART=32 if options["BN"] > 64 else options["BN"], **options,
     )  # fmt: skip
     return out
 

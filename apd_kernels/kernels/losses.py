@@ -127,7 +127,7 @@ def triplet_loss(
     a = sets_of_rows(x)
     b = None if y is None else sets_of_rows(y)
     ticket = torch.empty(a.shape[0], dtype=torch.int32, device=x.device)
-    mined = mining.mine(a, b, pairing, metric, precision, ticket=ticket)
+    mined = mining.mine(a, b, pairing, metric, precision, prepared=prepared, ticket=ticket)
     winners = [torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device) for _ in range(2)]
     return *_loss(a, a if b is None else b, mined, winners, ticket, x.shape, margin, reverse, metric), *winners
 

@@ -14,7 +14,7 @@ its rows and its columns, and a row's splits are the tiles it meets.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,8 +24,11 @@ from torch import Tensor
 from apd_kernels._core.pairing import Pairing
 from apd_kernels.kernels._launch import dot_precision, launch, row_stride, sets_of_rows
 from apd_kernels.kernels._pairing import anchor_values, pair_masks, pairing_arguments
+from apd_kernels.kernels._split import column_key, in_units_of, split_product
 from apd_kernels.kernels._tiles import add_chosen, nan_as, product, row_distance
 from apd_kernels.kernels.distance import METRIC_NUMBER
+from apd_kernels.kernels.distance import _splits as pays_to_split
+from apd_kernels.kernels.prepared import PADDED, operands, product_options, tiles_of
 from apd_kernels.prepared import Operands
 
 # Programs in flight that fill the largest GPUs twice (132 multiprocessors on an H100); also the most splits of one row.
@@ -70,12 +73,42 @@ def store_winners(key_out, index_out, s, sets, rows, row_mask, N, split, splits,
     tl.store(index_out + negative_at, n, mask=row_mask)
 
 
+@triton.jit
+def row_terms(half, root, largest, first, rows, mask, EUCLIDEAN: tl.constexpr, FORM: tl.constexpr):
+    """Factor and half square of prepared rows of one set, whose first is the `first` of all."""
+    terms = tl.where(mask, 0.0, 0.0)
+    factor = terms + 1.0
+    if EUCLIDEAN:
+        terms = tl.load(half + first + rows, mask=mask, other=0.0)
+    if FORM == "split":
+        factor, terms = in_units_of(largest, tl.load(root + first + rows, mask=mask, other=largest), terms)
+    return factor, terms
+
+
+@triton.jit
+def add_columns(
+    farthest, p, nearest, n, key, column, columns, label, own_row, domain, y_labels, own, y_domains, y_valid,
+    rows, row_mask, M,
+    SELF: tl.constexpr, POSITIVES: tl.constexpr, NEGATIVES: tl.constexpr,
+):  # fmt: skip
+    """The winners so far or those of a tile of keys whose first column is `column`."""
+    positive, negative = pair_masks(label, own_row, domain, y_labels, own, y_domains, y_valid, rows, columns,
+                                    row_mask, columns < M, SELF, POSITIVES, NEGATIVES)  # fmt: skip
+    high, high_at, low, low_at = best_pairs(key, positive, negative, column, 1)
+    better = high > farthest  # strictly: among equals the lowest index stays
+    farthest = tl.where(better, high, farthest)
+    p = tl.where(better, high_at, p)
+    better = low < nearest
+    return farthest, p, tl.where(better, low, nearest), tl.where(better, low_at, n)
+
+
 @triton.jit(do_not_specialize=["N", "M", "tiles_per_split", "splits"])
 def _mine(
-    x, y, labels, y_labels, own, domains, y_domains, y_valid, key_out, index_out, ticket,
-    N, M, D, x_stride, y_stride, tiles_per_split, splits, one,
+    x, y, x_half, y_half, x_root, y_root, largest, labels, y_labels, own, domains, y_domains, y_valid,
+    key_out, index_out, ticket, N, M, D, x_stride, y_stride, tiles_per_split, splits, one,
     EUCLIDEAN: tl.constexpr, SELF: tl.constexpr, POSITIVES: tl.constexpr, NEGATIVES: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    FORM: tl.constexpr, PREPARED: tl.constexpr, TMA: tl.constexpr, SEPARATE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Each row's best positive and negative among one split's columns, written to [side, set, row, split].
 
@@ -85,39 +118,56 @@ def _mine(
     s = tl.program_id(2).to(tl.int64)
     if ticket is not None and tl.program_id(0) + split == 0:
         tl.store(ticket + s, 0)
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    row = tl.program_id(0) * BM
+    rows = row + tl.arange(0, BM)
     row_mask = rows < N
-    x += s * N * x_stride
-    y += s * M * y_stride
     label, own_row, domain = anchor_values(labels, own, domains, rows, row_mask)
     farthest = tl.full((BM,), -infinity, tl.float32)
     nearest = tl.full((BM,), infinity, tl.float32)
     p = tl.full((BM,), -1, tl.int32)
     n = tl.full((BM,), -1, tl.int32)
     first = split * tiles_per_split * BN
-    for n0 in range(first, tl.minimum(first + tiles_per_split * BN, M), BN):
-        columns = n0 + tl.arange(0, BN)
-        column_mask = columns < M
-        acc, _, yy = product(x, y, rows, columns, row_mask, column_mask, D, x_stride, y_stride, one,
-                             BM, BN, BK, PRECISION, EUCLIDEAN)  # fmt: skip
-        key = 0.5 * yy[None, :] - acc if EUCLIDEAN else -acc
-        positive, negative = pair_masks(label, own_row, domain, y_labels, own, y_domains, y_valid, rows, columns,
-                                        row_mask, column_mask, SELF, POSITIVES, NEGATIVES)  # fmt: skip
-        high, high_at, low, low_at = best_pairs(key, positive, negative, n0, 1)
-        better = high > farthest  # strictly: among equals the lowest index stays
-        farthest = tl.where(better, high, farthest)
-        p = tl.where(better, high_at, p)
-        better = low < nearest
-        nearest = tl.where(better, low, nearest)
-        n = tl.where(better, low_at, n)
+    last = tl.minimum(first + tiles_per_split * BN, M)
+    if PREPARED:
+        unit = tl.load(largest + s) if FORM == "split" else 1.0
+        # A factor of the anchor changes no order, and might underflow: only half squares have to be in its unit.
+        x_factor, _ = row_terms(x_half, x_root, unit, s * N, rows, row_mask, EUCLIDEAN, FORM if EUCLIDEAN else "")
+        first_row, first_column = (s * N).to(tl.int32), (s * M).to(tl.int32)
+        for n0 in range(first, last, BN):
+            acc = split_product(x, y, first_row + row, first_column + n0, first_row + N - 1, first_column + M - 1, D,
+                                one, FORM, TMA, SEPARATE, BM, BN, BK)  # fmt: skip
+            # In halves: the masks and keys of a whole tile leave the registers on sm_90.
+            left, right = acc.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+            for side in tl.static_range(2):
+                column = n0 + side * (BN // 2)
+                columns = column + tl.arange(0, BN // 2)
+                y_factor, terms = row_terms(y_half, y_root, unit, s * M, columns, columns < M, EUCLIDEAN, FORM)
+                key = column_key(left if side == 0 else right, x_factor, y_factor, terms)
+                farthest, p, nearest, n = add_columns(
+                    farthest, p, nearest, n, key, column, columns, label, own_row, domain, y_labels, own, y_domains,
+                    y_valid, rows, row_mask, M, SELF, POSITIVES, NEGATIVES,
+                )  # fmt: skip
+    else:
+        x += s * N * x_stride
+        y += s * M * y_stride
+        for n0 in range(first, last, BN):
+            columns = n0 + tl.arange(0, BN)
+            acc, _, yy = product(x, y, rows, columns, row_mask, columns < M, D, x_stride, y_stride, one,
+                                 BM, BN, BK, FORM, EUCLIDEAN)  # fmt: skip
+            key = 0.5 * yy[None, :] - acc if EUCLIDEAN else -acc
+            farthest, p, nearest, n = add_columns(
+                farthest, p, nearest, n, key, n0, columns, label, own_row, domain, y_labels, own, y_domains,
+                y_valid, rows, row_mask, M, SELF, POSITIVES, NEGATIVES,
+            )  # fmt: skip
     store_winners(key_out, index_out, s, tl.num_programs(2), rows, row_mask, N, split, splits, farthest, p, nearest, n)
 
 
 @triton.jit(do_not_specialize=["N", "splits"])
 def _mine_triangle(
-    x, labels, domains, key_out, index_out, ticket, N, D, x_stride, splits, one,
+    x, y, half, root, largest, labels, domains, key_out, index_out, ticket, N, D, x_stride, splits, one,
     EUCLIDEAN: tl.constexpr, POSITIVES: tl.constexpr, NEGATIVES: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr,
+    FORM: tl.constexpr, PREPARED: tl.constexpr, TMA: tl.constexpr, SEPARATE: tl.constexpr,
+    BLOCK: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """A tile on or above the diagonal: its rows' winners are its column tile's split, its columns' its row tile's."""
     row_tile, column_tile = tl.program_id(0), tl.program_id(1)
@@ -127,21 +177,28 @@ def _mine_triangle(
     sets = tl.num_programs(2)
     if ticket is not None and row_tile + column_tile == 0:
         tl.store(ticket + s, 0)
-    rows = row_tile * BLOCK + tl.arange(0, BLOCK)
-    columns = column_tile * BLOCK + tl.arange(0, BLOCK)
+    row, column = row_tile * BLOCK, column_tile * BLOCK
+    rows, columns = row + tl.arange(0, BLOCK), column + tl.arange(0, BLOCK)
     row_mask, column_mask = rows < N, columns < N
-    x += s * N * x_stride
     label, own_row, domain = anchor_values(labels, None, domains, rows, row_mask)
-    acc, xx, yy = product(x, x, rows, columns, row_mask, column_mask, D, x_stride, x_stride, one,
-                          BLOCK, BLOCK, BK, PRECISION, EUCLIDEAN)  # fmt: skip
+    if PREPARED:
+        first = (s * N).to(tl.int32)
+        acc = split_product(x, y, first + row, first + column, first + N - 1, first + N - 1, D, one,
+                            FORM, TMA, SEPARATE, BLOCK, BLOCK, BK)  # fmt: skip
+        unit = tl.load(largest + s) if FORM == "split" else 1.0
+        x_factor, xx = row_terms(half, root, unit, s * N, rows, row_mask, EUCLIDEAN, FORM)
+        y_factor, yy = row_terms(half, root, unit, s * N, columns, column_mask, EUCLIDEAN, FORM)
+        acc *= x_factor[:, None] * y_factor[None, :]
+    else:
+        acc, xx, yy = product(x + s * N * x_stride, y + s * N * x_stride, rows, columns, row_mask, column_mask, D,
+                              x_stride, x_stride, one, BLOCK, BLOCK, BK, FORM, EUCLIDEAN)  # fmt: skip
+        xx, yy = 0.5 * xx, 0.5 * yy
     positive, negative = pair_masks(label, own_row, domain, labels, None, domains, None, rows, columns,
                                     row_mask, column_mask, True, POSITIVES, NEGATIVES)  # fmt: skip
-    key = 0.5 * yy[None, :] - acc if EUCLIDEAN else -acc
-    farthest, p, nearest, n = best_pairs(key, positive, negative, column_tile * BLOCK, 1)
+    farthest, p, nearest, n = best_pairs(yy[None, :] - acc, positive, negative, column, 1)
     store_winners(key_out, index_out, s, sets, rows, row_mask, N, column_tile, splits, farthest, p, nearest, n)
     if row_tile < column_tile:
-        key = 0.5 * xx[:, None] - acc if EUCLIDEAN else -acc
-        farthest, p, nearest, n = best_pairs(key, positive, negative, row_tile * BLOCK, 0)
+        farthest, p, nearest, n = best_pairs(xx[:, None] - acc, positive, negative, row, 0)
         store_winners(key_out, index_out, s, sets, columns, column_mask, N, row_tile, splits, farthest, p, nearest, n)
 
 
@@ -309,19 +366,40 @@ def mine(
     metric: str,
     precision: str,
     *,
+    prepared: Operands | None = None,
     most_splits: int = MAX_SPLITS,
     ticket: Tensor | None = None,
 ) -> Mined:
-    """Launch `_mine` or `_mine_triangle`; `ticket`, (S,) int32, is zeroed on the way."""
+    """Launch `_mine` or `_mine_triangle`, of rows or of prepared rows; `ticket`, (S,) int32, is zeroed on the way."""
     a = sets_of_rows(x)
     b = a if y is None else sets_of_rows(y)
     sets, n, dimension = a.shape
     m = b.shape[1]
+    euclidean = metric in ("euclidean", "sqeuclidean")
     tensors, constants = pairing_arguments(pairing)
-    constants |= {"EUCLIDEAN": metric in ("euclidean", "sqeuclidean"), "PRECISION": dot_precision(x, precision)}
-    BM, BN, BK = 64, 32, 32
+    triangle = y is None and TRIANGLE_ROWS[0] <= n <= TRIANGLE_ROWS[1] and most_splits == MAX_SPLITS
+    options: dict[str, Any]
+    x_stride, y_stride = row_stride(a), row_stride(b)
+    half = root = y_half = y_root = largest = None
+    if prepared is not None and (prepared.parts is not None or pays_to_split(x, y, precision)):
+        own, others = operands(x, y, prepared, euclidean, precision)
+        assert own.parts is not None
+        assert others.parts is not None
+        options = {"PREPARED": True, **product_options(x, precision)}
+        if not pairing.of_labels_only():  # the other masks take registers: tiles of 128 would spill on sm_90
+            options["BN"] = min(options["BN"], 64)
+            options["BM"] = min(options["BM"], 64 if triangle else 128)
+        a, b = tiles_of(own.parts, options["BM"], options), tiles_of(others.parts, options["BN"], options)
+        half, root, y_half, y_root = own.half, own.root, others.half, others.root
+        if own.largest is not None and others.largest is not None:
+            largest = others.largest if y is None else torch.maximum(own.largest, others.largest)
+        dimension = triton.cdiv(dimension, PADDED) * PADDED
+        x_stride = y_stride = 0
+    else:
+        options = {"PREPARED": False, "FORM": dot_precision(x, precision), "TMA": False, "SEPARATE": False}
+        options |= {"BM": 64, "BN": 32, "BK": 32, "num_warps": 8, "num_stages": 3}
+    BM, BN = options["BM"], options["BN"]
     row_tiles, column_tiles = triton.cdiv(n, BM), triton.cdiv(m, BN)
-    triangle = y is None and TRIANGLE_ROWS[0] <= n <= TRIANGLE_ROWS[1] and row_tiles <= most_splits
     if triangle:
         splits = row_tiles
     else:
@@ -332,18 +410,19 @@ def mine(
     index = torch.empty(2, sets, n, splits, dtype=torch.int32, device=x.device)
     if triangle:
         labels, _, _, domains, _, _ = tensors
-        del constants["SELF"]
+        rules = {name: constants[name] for name in ("POSITIVES", "NEGATIVES")}
+        del options["BM"], options["BN"]
         launch(
             _mine_triangle, (row_tiles, row_tiles, sets),
-            a, labels, domains, key, index, ticket, n, dimension, row_stride(a), splits, 1.0,
-            **constants, BLOCK=BM, BK=BK, num_warps=8, num_stages=3,
+            a, b, half, root, largest, labels, domains, key, index, ticket, n, dimension, x_stride, splits, 1.0,
+            EUCLIDEAN=euclidean, **rules, BLOCK=BM, **options,
         )  # fmt: skip
     else:
         launch(
             _mine, (row_tiles, splits, sets),
-            a, b, *tensors, key, index, ticket,
-            n, m, dimension, row_stride(a), row_stride(b), tiles_per_split, splits, 1.0,
-            **constants, BM=BM, BN=BN, BK=BK, num_warps=8, num_stages=3,
+            a, b, half, y_half, root, y_root, largest, *tensors, key, index, ticket,
+            n, m, dimension, x_stride, y_stride, tiles_per_split, splits, 1.0,
+            EUCLIDEAN=euclidean, **constants, **options,
         )  # fmt: skip
     return Mined(key, index, splits)
 
@@ -359,7 +438,7 @@ def batch_hard(
         return distance, distance.clone(), index, index.clone()
     a = sets_of_rows(x)
     b = a if y is None else sets_of_rows(y)
-    mined = mine(a, None if y is None else b, pairing, metric, precision)
+    mined = mine(a, None if y is None else b, pairing, metric, precision, prepared=prepared)
     winners = [torch.empty(shape, dtype=torch.int64, device=x.device) for _ in range(2)]
     positive, negative = (torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2))
     sets, n, dimension = a.shape
