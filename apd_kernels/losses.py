@@ -1,17 +1,21 @@
-"""Batch-hard triplet loss."""
+"""Triplet loss."""
 
 from __future__ import annotations
 
 from typing import Any, Literal, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from apd_kernels._core.checks import check_number
+from apd_kernels._core.checks import check_choice, check_number
 from apd_kernels._core.operators import differentiable, internal_dtype, operator
 from apd_kernels._core.pairing import Pairing, checked_pairing
 from apd_kernels.mining import Pair, gradients, pair_gradient
 from apd_kernels.prepared import Operands, PreparedRows, checked_operands
+from apd_kernels.weighting import weighted_pairs
+
+MINING = ("hard", "weighted")
 
 
 @overload
@@ -22,6 +26,7 @@ def triplet_loss(
     y_labels: Tensor | None = ...,
     *,
     margin: float | None = ...,
+    mining: str = ...,
     metric: str = ...,
     precision: str | None = ...,
     own: Tensor | None = ...,
@@ -42,6 +47,7 @@ def triplet_loss(
     y_labels: Tensor | None = ...,
     *,
     margin: float | None = ...,
+    mining: str = ...,
     metric: str = ...,
     precision: str | None = ...,
     own: Tensor | None = ...,
@@ -61,6 +67,7 @@ def triplet_loss(
     y_labels: Tensor | None = None,
     *,
     margin: float | None = 0.3,
+    mining: str = "hard",
     metric: str = "euclidean",
     precision: str | None = None,
     own: Tensor | None = None,
@@ -73,7 +80,7 @@ def triplet_loss(
     reverse: bool = False,
     return_indices: bool = False,
 ) -> Tensor | tuple[Tensor, Pair]:
-    """Batch-hard triplet loss (Hermans et al., 2017), mining, distances and loss in one operation.
+    """Triplet loss on the hardest pairs (Hermans et al., 2017) or on softly weighted ones (Ristani, Tomasi, 2018).
 
     With d_p the distance to the farthest positive and d_n that to the nearest negative, the term of an anchor is
     max(0, d_p − d_n + margin), or ln(1 + exp(d_p − d_n)) for ``margin=None``. The loss is the mean over anchors that
@@ -83,6 +90,8 @@ def triplet_loss(
         x, labels, y, y_labels, metric, precision, own, y_valid, domains, y_domains, positives, negatives: as in
             `batch_hard`.
         margin: hinge margin, at least 0; None for the soft margin.
+        mining: ``"hard"``: d_p and d_n are those of `batch_hard`, mined, measured and summed in one operation;
+            ``"weighted"``: those of `weighted_pairs`, means over all positives and negatives.
         indices: (positive, negative) winners to use instead of mining, each int64 (N,) or (S, N) as returned by
             `return_indices` or by `batch_hard` (``.indices``); anchors with a −1 are left out. An index
             beyond the rows is PyTorch's error of indexing on its path and makes the loss NaN in the kernels.
@@ -95,18 +104,39 @@ def triplet_loss(
         derivatives only.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape, device or choice.
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or choice; winners given or asked for with
+            ``mining="weighted"``, which has none.
 
     >>> import torch
     >>> x = torch.tensor([[0.0], [1.0], [1.5], [9.0]])
     >>> triplet_loss(x, torch.tensor([7, 7, 8, 8]), margin=0.3)
     tensor(2.0250)
     """
-    x, rows, prepared, precision, backend = checked_operands(x, y, metric, precision)
-    pairing = checked_pairing(x, labels, rows, y_labels, own, domains, y_domains, y_valid, positives, negatives)
     if margin is not None:
         check_number("margin", margin)
         margin = float(margin)
+    check_choice("mining", mining, MINING)
+    if mining == "weighted":
+        for name, value in (("indices", indices is not None), ("return_indices", return_indices)):
+            if value:
+                raise ValueError(f"{name}: expected mining='hard', which has winners, got mining='weighted'")
+        pairs = weighted_pairs(
+            x,
+            labels,
+            y,
+            y_labels,
+            metric=metric,
+            precision=precision,
+            own=own,
+            y_valid=y_valid,
+            domains=domains,
+            y_domains=y_domains,
+            positives=positives,
+            negatives=negatives,
+        )
+        return _mean_term(*pairs.distances, pairs.valid, margin, reverse)
+    x, rows, prepared, precision, backend = checked_operands(x, y, metric, precision)
+    pairing = checked_pairing(x, labels, rows, y_labels, own, domains, y_domains, y_valid, positives, negatives)
     if indices is not None:
         pair = _checked_indices(indices, x)
         loss, _, _ = _triplet_loss_indexed(x, rows, *pair, margin, reverse, metric, backend)
@@ -114,6 +144,14 @@ def triplet_loss(
         loss, _, _, *winners = _triplet_loss(x, rows, *prepared, *pairing, margin, reverse, metric, precision, backend)
         pair = Pair(*winners)
     return (loss, pair) if return_indices else loss
+
+
+def _mean_term(positive: Tensor, negative: Tensor, valid: Tensor, margin: float | None, reverse: bool) -> Tensor:
+    """The mean over valid anchors of φ(±(d_p − d_n))."""
+    gap = negative - positive if reverse else positive - negative
+    gap = torch.where(valid, gap, 0)  # not in the result, but 0 · NaN would be in the gradient
+    term = F.softplus(gap) if margin is None else (gap + margin).clamp(min=0)
+    return torch.where(valid, term, 0).sum(-1) / valid.sum(-1).clamp(min=1)
 
 
 def _checked_indices(indices: tuple[Tensor, Tensor], x: Tensor) -> Pair:

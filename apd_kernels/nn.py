@@ -43,18 +43,19 @@ class _Configured(Module):
 
 
 class TripletLoss(_Configured):
-    """Batch-hard triplet loss, see `triplet_loss`.
+    """Triplet loss on mined pairs, see `triplet_loss`.
 
     Args:
         margin: hinge margin, at least 0; None for the soft margin.
         metric: ``"euclidean"``, ``"sqeuclidean"``, ``"cosine"`` or ``"dot"``.
         reverse: whether the term removes identity instead (APD, L_NK).
+        mining: ``"hard"`` or ``"weighted"``.
 
     >>> import torch
     >>> from apd_kernels import nn
     >>> criterion = nn.TripletLoss(margin=0.3)
     >>> criterion
-    TripletLoss(margin=0.3, metric='euclidean', reverse=False)
+    TripletLoss(margin=0.3, metric='euclidean', reverse=False, mining='hard')
     >>> criterion(torch.tensor([[0.0], [1.0], [1.5], [9.0]]), torch.tensor([7, 7, 8, 8]))
     tensor(2.0250)
     """
@@ -62,22 +63,36 @@ class TripletLoss(_Configured):
     margin: float | None
     metric: str
     reverse: bool
+    mining: str
 
-    def __init__(self, margin: float | None = 0.3, metric: str = "euclidean", reverse: bool = False) -> None:
-        super().__init__(margin=margin, metric=metric, reverse=reverse)
+    def __init__(
+        self, margin: float | None = 0.3, metric: str = "euclidean", reverse: bool = False, mining: str = "hard"
+    ) -> None:
+        super().__init__(margin=margin, metric=metric, reverse=reverse, mining=mining)
 
     def forward(
         self,
         x: Tensor,
         labels: Tensor,
-        y: Tensor | None = None,
+        y: Tensor | PreparedRows | None = None,
         y_labels: Tensor | None = None,
         *,
         indices: tuple[Tensor, Tensor] | None = None,
+        **pairing: Any,
     ) -> Tensor:
-        """The loss of (N, D) or (S, N, D), also against a memory `y` or on given winners, as in `triplet_loss`."""
+        """The loss of (N, D) or (S, N, D), also against a memory `y` or on given winners; ``own`` to ``negatives`` as
+        in `triplet_loss`."""
         return triplet_loss(
-            x, labels, y, y_labels, margin=self.margin, metric=self.metric, reverse=self.reverse, indices=indices
+            x,
+            labels,
+            y,
+            y_labels,
+            margin=self.margin,
+            metric=self.metric,
+            reverse=self.reverse,
+            mining=self.mining,
+            indices=indices,
+            **pairing,
         )
 
 

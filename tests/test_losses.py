@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from conftest import Backend
 from oracle import METRICS, assert_close, distances, features, leaf, masks, tolerance
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from apd_kernels import Pair, batch_hard, triplet_loss
 
@@ -109,7 +111,7 @@ def test_triplet_index_beyond_the_rows(backend: Backend) -> None:
     wrong[3] = 10**6
     if backend.name == "torch":
         if backend.device == "cpu":
-            with pytest.raises((IndexError, RuntimeError), match="out of (bounds|range)"):
+            with pytest.raises((IndexError, RuntimeError), match=r"out of (bounds|range)"):
                 triplet_loss(x, labels, indices=(wrong, index))
         return
     a = leaf(x, backend.device)
@@ -249,6 +251,54 @@ def test_triplet_equals_other_projects(real_data: Path, peer: str) -> None:
     assert compared > 0
 
 
+@pytest.mark.parametrize("margin", [0.3, None])
+def test_weighted_mining(backend: Backend, margin: float | None) -> None:
+    """Means over softmax-weighted pairs instead of the hardest ones, anchors without a pair left out."""
+    x, labels = features(30, 12, dtype=torch.float32, identities=9)
+    labels[0] = 99
+    a = leaf(x, backend.device)
+    loss = triplet_loss(a, labels.to(backend.device), margin=margin, mining="weighted")
+    loss.backward()
+    p = leaf(x, dtype=torch.float64)
+    d = distances(p, p, "euclidean")
+    positive, negative = masks(labels)
+    valid = positive.any(1) & negative.any(1)
+    far = (d.masked_fill(~positive, -torch.inf)[valid].softmax(1) * d[valid]).sum(1)
+    near = ((-d).masked_fill(~negative, -torch.inf)[valid].softmax(1) * d[valid]).sum(1)
+    expected = (F.softplus(far - near) if margin is None else (far - near + margin).clamp(min=0)).mean()
+    expected.backward()
+    assert_close(loss, expected, 5e-6)
+    assert_close(a.grad, p.grad, 5e-6)
+    alone = triplet_loss(x.to(backend.device), labels.to(backend.device) * 0, margin=margin, mining="weighted")
+    assert alone.item() == 0
+
+
+def test_two_launches_forward_and_one_backward() -> None:
+    """Small batches are bound by launches: 2 and 1 of our kernels up to N = 256 at D = 2048, and no other work."""
+    pytest.importorskip("triton")
+    from apd_kernels._core.pairing import Pairing
+    from apd_kernels.kernels import losses, mining
+    from apd_kernels.kernels._launch import recording
+    from apd_kernels.prepared import Operands
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.add(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    for n in (1, 64, 256):
+        x, labels = torch.empty(n, 2048, device="meta"), torch.empty(n, dtype=torch.int64, device="meta")
+        calls = Calls()
+        calls.names = set()
+        with recording(90) as forward, calls:
+            saved = losses.triplet_loss(x, None, Operands(), Pairing(labels), 0.3, False, "euclidean", "fp32")
+        loss, *weights_and_winners = saved
+        with recording(90) as backward, calls:
+            mining.pair_gradient(x, None, *weights_and_winners, loss, "euclidean", True, False)
+        assert (len(forward), len(backward)) == (2, 1)
+        assert calls.names <= {"empty", "empty_strided", "unsqueeze", "slice", "view"}, calls.names
+
+
 INDEX = torch.zeros(4, dtype=torch.int64)
 
 
@@ -270,6 +320,9 @@ INDEX = torch.zeros(4, dtype=torch.int64)
             r"indices.negative: expected shape \(4,\) on cpu, got \(3,\)",
         ),
         ({"y_labels": torch.zeros(4).long()}, ValueError, r"y: expected with y_labels, got None"),
+        ({"mining": "semihard"}, ValueError, r"mining: expected 'hard' or 'weighted', got 'semihard'"),
+        ({"mining": "weighted", "return_indices": True}, ValueError, r"return_indices: expected mining='hard'"),
+        ({"mining": "weighted", "indices": (INDEX, INDEX)}, ValueError, r"indices: expected mining='hard'"),
     ],
 )
 def test_triplet_bad_input(change: dict[str, object], error: type[Exception], message: str) -> None:

@@ -20,10 +20,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from apd_kernels.kernels._launch import dot_precision, launch, row_stride, sets_of_rows
-from apd_kernels.kernels._split import half_squared_distance, in_units_of, split_product, unscaled
+from apd_kernels.kernels._launch import architecture, dot_precision, launch, row_stride, sets_of_rows
+from apd_kernels.kernels._split import (
+    half_squared_distance,
+    high_and_low,
+    in_units_of,
+    power_of_four,
+    split_product,
+    unscaled,
+)
 from apd_kernels.kernels._tiles import product
-from apd_kernels.kernels.prepared import is_split, operands, product_options, programs, tiles_of
+from apd_kernels.kernels.prepared import (
+    GRADIENT_TILES,
+    has_tma,
+    is_split,
+    operands,
+    prepare_rows,
+    product_options,
+    programs,
+    tiles_of,
+)
 from apd_kernels.prepared import Operands
 
 METRIC_NUMBER = {"euclidean": 0, "sqeuclidean": 1, "cosine": 2, "dot": 3}
@@ -237,6 +253,70 @@ def _gradient(
     tl.store(out, result.to(out.dtype.element_ty), mask=element_mask)
 
 
+@triton.jit(do_not_specialize=["N", "M", "row_step", "column_step"])
+def _prepared_gradient(
+    gradient, distance, own, centre, other, other_root, other_largest, out, N, M, D, padded, row_step, column_step,
+    own_stride,
+    METRIC: tl.constexpr, SELF: tl.constexpr, TMA: tl.constexpr, SEPARATE: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """`_gradient` at float32 grade: own rows as they are, the other ones split."""
+    s = tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(1) * BM + tl.arange(0, BM)
+    k0 = tl.program_id(0) * BD  # programs that read the same weights run together
+    k = k0 + tl.arange(0, BD)
+    row_mask = rows < N
+    gradient += s * N * M
+    distance += s * N * M
+    largest = tl.load(other_largest + s)
+    acc = tl.zeros((BM, BD), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    for j0 in range(0, M, BK):
+        columns = j0 + tl.arange(0, BK)
+        column_mask = columns < M
+        mask = row_mask[:, None] & column_mask[None, :]
+        at = rows.to(tl.int64)[:, None] * row_step + columns.to(tl.int64)[None, :] * column_step
+        w = tl.load(gradient + at, mask=mask, other=0.0)
+        if SELF:
+            w += tl.load(gradient + rows[:, None] + columns.to(tl.int64)[None, :] * M, mask=mask, other=0.0)
+        if METRIC == 0:
+            d = tl.load(distance + at, mask=mask, other=0.0)
+            w = tl.where(d == 0, 0.0, w / tl.where(d == 0, 1.0, d))
+        elif METRIC == 1:
+            w = 2 * w
+        total += tl.sum(w, 1)
+        root = tl.load(other_root + s * M + columns, mask=column_mask, other=1.0)
+        factor, _ = in_units_of(largest, root, 0.0)
+        w *= tl.where(column_mask, factor, 0.0)[None, :]
+        magnitude = tl.max(w.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+        r, scale = power_of_four(magnitude)
+        scale = tl.where(magnitude < 0x7F800000, scale, float("nan"))
+        high, low = high_and_low(w * scale[:, None])
+        if TMA:  # rows beyond the last are zeros
+            b = other.load([j0, k0])
+            b_low = other.load([j0, padded + k0])
+        else:
+            y_rows = other + (s * M + columns)[:, None] * 2 * padded + k[None, :]
+            y_mask = column_mask[:, None] & (k < padded)[None, :]
+            b = tl.load(y_rows, mask=y_mask, other=0.0)
+            b_low = tl.load(y_rows + padded, mask=y_mask, other=0.0)
+        cross = tl.dot(high, b_low)
+        if SEPARATE:
+            cross += tl.dot(low, b)
+        else:
+            cross = tl.dot(low, b, cross)
+        acc += (tl.dot(high, b) + cross * (1.0 / 2048)) * (r * r)[:, None]
+    acc *= largest * largest
+    mask = row_mask[:, None] & (k < D)[None, :]
+    if METRIC < 2:
+        a = tl.load(own + (s * N + rows)[:, None] * own_stride + k[None, :], mask=mask, other=0.0)
+        a -= tl.load(centre + s * D + k, mask=k < D, other=0.0)[None, :]
+        acc = total[:, None] * a - acc
+    else:
+        acc = -acc
+    tl.store(out + (s * N + rows)[:, None] * D + k[None, :], acc, mask=mask)
+
+
 def _splits(x: Tensor, y: Tensor | None, precision: str) -> bool:
     """Whether a stateless call is worth splitting its rows."""
     if not is_split(x, precision):
@@ -278,7 +358,7 @@ def _of_prepared(x: Tensor, y: Tensor | None, prepared: Operands, metric: str, p
     tiles = sets * (row_tiles * (row_tiles + 1) // 2 if y is None else row_tiles * column_tiles)
     launch(
         _prepared_distance, (tiles if y is None else min(tiles, programs(x)),),
-        tiles_of(a.parts, options["BM"], options), tiles_of(b.parts, options["BN"], options),
+        tiles_of(a.parts, options["BM"], options["BK"], options), tiles_of(b.parts, options["BN"], options["BK"], options),
         a.half, b.half, a.root, b.root, a.largest, b.largest, out, sets, n, m,
         a.parts.shape[-1] // (2 if a.root is not None else 1), 1.0,
         METRIC=METRIC_NUMBER[metric], SELF=y is None, GROUP=GROUP, PART=32 if options["BN"] > 64 else options["BN"], **options,
@@ -302,6 +382,9 @@ def pairwise_distance_backward(
     b = a if y is None else sets_of_rows(y)
     for_x = torch.empty(x.shape if needs_x else 0, dtype=x.dtype, device=x.device)
     for_y = torch.empty(0 if y is None or not needs_y else y.shape, dtype=x.dtype, device=x.device)
+    if _splits(x, y, precision):
+        _split_backward(gradient, distance, a, b, for_x, for_y, metric, y is None)
+        return for_x, for_y
     # The weights are float32 whatever the rows are.
     dots = dot_precision(gradient, "fp32" if x.dtype in (torch.float16, torch.bfloat16) else precision)
     BM, BN, BD = 64, 32, 32
@@ -318,3 +401,25 @@ def pairwise_distance_backward(
             BM=BM, BN=BN, BD=BD, num_warps=8, num_stages=3,
         )  # fmt: skip
     return for_x, for_y
+
+
+def _split_backward(
+    gradient: Tensor, distance: Tensor, a: Tensor, b: Tensor, for_x: Tensor, for_y: Tensor, metric: str, self: bool
+) -> None:
+    """Launch `_prepared_gradient` for each side whose gradient has elements."""
+    euclidean = metric in ("euclidean", "sqeuclidean")
+    tile = next(tile for least, tile in GRADIENT_TILES.items() if architecture(a) >= least)
+    # A descriptor would read the next set's rows as the last ones of this.
+    options = {"TMA": has_tma(a) and a.shape[0] == 1, **tile}
+    centre = None
+    for own, other, out, row_step, column_step in ((a, b, for_x, b.shape[1], 1), (b, a, for_y, 1, b.shape[1])):
+        if out.numel() == 0:
+            continue
+        parts, _, centre, root, largest = prepare_rows(other, euclidean, "fp32", centre)
+        sets, n, dimension = own.shape
+        launch(
+            _prepared_gradient, (triton.cdiv(dimension, options["BD"]), triton.cdiv(n, options["BM"]), sets),
+            gradient, distance, own, centre, tiles_of(parts, options["BK"], options["BD"], options), root, largest, out,
+            n, other.shape[1], dimension, parts.shape[-1] // 2, row_step, column_step, row_stride(own),
+            METRIC=METRIC_NUMBER[metric], SELF=self, **options,
+        )  # fmt: skip

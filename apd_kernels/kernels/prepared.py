@@ -159,6 +159,12 @@ PLAIN_TILES: dict[int, dict[str, Any]] = {
     90: {"SEPARATE": False, "BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
     0: {"SEPARATE": False, "BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 3},
 }
+# Of the gradient: BM rows, BD of their elements, BK weights of a row at a time.
+GRADIENT_TILES: dict[int, dict[str, Any]] = {
+    100: {"SEPARATE": True, "BM": 64, "BD": 64, "BK": 64, "num_warps": 4, "num_stages": 3},
+    90: {"SEPARATE": False, "BM": 64, "BD": 256, "BK": 32, "num_warps": 8, "num_stages": 3},
+    0: {"SEPARATE": False, "BM": 64, "BD": 128, "BK": 32, "num_warps": 8, "num_stages": 2},
+}
 
 
 def product_options(x: Tensor, precision: str) -> dict[str, Any]:
@@ -175,10 +181,10 @@ def has_tma(x: Tensor) -> bool:
     return architecture(x) >= 90
 
 
-def tiles_of(parts: Tensor, rows: int, options: dict[str, Any]) -> Tensor | TensorDescriptor:
-    """What `split_product` reads `parts` from, `rows` of them a tile."""
+def tiles_of(parts: Tensor, rows: int, columns: int, options: dict[str, Any]) -> Tensor | TensorDescriptor:
+    """What a kernel reads tiles of `parts` from: with TMA a descriptor of rows × columns."""
     flat = parts.view(-1, parts.shape[-1])
-    return TensorDescriptor.from_tensor(flat, [rows, options["BK"]]) if options["TMA"] else flat
+    return TensorDescriptor.from_tensor(flat, [rows, columns]) if options["TMA"] else flat
 
 
 def programs(x: Tensor) -> int:

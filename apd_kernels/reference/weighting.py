@@ -27,7 +27,7 @@ def weighted_pairs(
             d = d_block[..., chunk.start - block.start : chunk.stop - block.start, :]
             for side, mask in enumerate(pair_masks(pairing, chunk)):
                 e, total, sums[side][..., chunk] = exponentials(-d if side else d, mask)
-                weighted = e.mul_(d).masked_fill_(~mask, 0).sum(-1)
+                weighted = torch.linalg.vecdot(e, d if _finite(d) else d.masked_fill(~mask, 0))
                 distances[side][..., chunk] = torch.where(total == 0, 0, weighted / total)
     return distances[0], distances[1], sums[0], sums[1]
 
@@ -58,19 +58,32 @@ def weighted_pairs_backward(
         d_block = _distance(a[..., block, :], b, half, metric)
         for chunk in chunks(block, columns, sets):
             d = d_block[..., chunk.start - block.start : chunk.stop - block.start, :]
-            masks = pair_masks(pairing, chunk)
-            slope = torch.zeros_like(d)
-            for sign, mask, gradient, distance, log_sum in (
-                (1, masks[0], for_positive, positive, of_positives),
-                (-1, masks[1], for_negative, negative, of_negatives),
+            at = (..., chunk, None)
+            slopes = []
+            for sign, mask, g, distance, log_sum in zip(
+                (1, -1),
+                pair_masks(pairing, chunk),
+                (for_positive[at], for_negative[at]),
+                (positive[at], negative[at]),
+                (of_positives[at], of_negatives[at]),
+                strict=True,
             ):
-                at = (..., chunk, None)
-                slope_of_side = (sign * d - log_sum[at]).exp_().mul_((d - distance[at]).mul_(sign).add_(1))
-                unused = ~mask | (gradient[at] == 0)  # a NaN that has no weight stays out
-                slope += slope_of_side.mul_(gradient[at]).masked_fill_(unused, 0)
-            d.copy_(per_difference(slope, d, metric))
+                softmax = torch.sub(d, log_sum, alpha=sign).mul_(sign).exp_()
+                by_d = torch.addcmul(g * (1 - sign * distance), d, sign * g)  # g (1 ± (d_ij − d_i))
+                slopes.append(softmax.mul_(by_d).masked_fill_(~(mask & (g != 0)), 0))  # a NaN without a weight
+            slope = slopes[0].add_(slopes[1])
+            if metric == "euclidean" and _finite(d):
+                at_zero = d == 0
+                torch.div(slope, d, out=d).masked_fill_(at_zero, 0)
+            else:
+                d.copy_(per_difference(slope, d, metric))
         add_weighted_rows(for_x, for_y, d_block, a, b, block, y is None, less_own=euclidean)
     return for_x.neg_().to(x.dtype), x.new_empty(0) if y is None else for_y.neg_().to(y.dtype)
+
+
+def _finite(d: Tensor) -> bool:
+    """Whether that is known; elsewhere than on the CPU looking would wait for the device."""
+    return d.device.type == "cpu" and bool(d.sum().isfinite())
 
 
 def _distance(a: Tensor, b: Tensor, half: Tensor | None, metric: str) -> Tensor:
