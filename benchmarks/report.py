@@ -20,12 +20,15 @@ def table(results: dict[str, Any]) -> str:
     rows: dict[str, dict[str, Any]] = {}
     for entry in results["benchmarks"]:
         rows.setdefault(entry["group"], {})[entry["extra_info"]["candidate"]] = entry
-    others = sorted({name for entries in rows.values() for name in entries} - {"ours", "eager", "compile"})
-    candidates = ["ours", "eager", "compile", *others]
+    named = ["ours", "kept", "eager", "compile"]
+    others = sorted({name for entries in rows.values() for name in entries} - {*named, "floor"})
+    present = {name for entries in rows.values() for name in entries}
+    candidates = [name for name in (*named, *others, "floor") if name in present]
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "triton") if name in machine)
     lines = [
         f"{machine['device']}; {versions}; {results['datetime'][:10]}. Milliseconds of wall time: median ± half the "
-        "interquartile range; in brackets, how many times as long as ours.",
+        "interquartile range; in brackets, how many times as long as ours; then the peak of memory that a call takes. "
+        '"kept": ours, with rows that were prepared once; "floor": the product or the copy alone, in PyTorch.',
         "",
         f"| operation | {' | '.join(candidates)} |",
         f"|---|{'---|' * len(candidates)}",
@@ -44,7 +47,9 @@ def _cell(entry: dict[str, Any] | None, ours: float) -> str:
     if extra["candidate"] != "ours":
         text += f" ({stats['median'] / ours:.1f}×)"
     if "event_ms" in extra:
-        text += f"; events {extra['event_ms']:.3g}, peak {extra['peak_mb']:.0f} MB"
+        text += f"; events {extra['event_ms']:.3g}"
+    if "peak_mb" in extra:
+        text += f"; {extra['peak_mb']:.0f} MB"
     return text
 
 

@@ -292,19 +292,18 @@ def test_is_info_nce_and_cross_entropy(backend: Backend) -> None:
     assert_close(ours, F.cross_entropy(x @ centroids.T / 0.5, labels), 1e-5)
 
 
-def test_prepared_rows() -> None:
+@ONE_OF_EACH
+def test_prepared_rows(backend: Backend, name: str) -> None:
     """Rows prepared once give what the rows give, to x alone."""
-    x, labels = features(9, 6, dtype=torch.float32)
-    y, y_labels = features(13, 6, dtype=torch.float32, seed=1, identities=3)
-    with use_backend("torch"):
-        for name in ("circle", "contrastive", "contrastive_dot"):
-            loss, _, options, _ = LOSSES[name]
-            kept = prepare_rows(y, metric=options.get("metric", "cosine"))
-            a, b = leaf(x), leaf(x)
-            losses = loss(a, labels, kept, y_labels, **options), loss(b, labels, y, y_labels, **options)
-            torch.stack(losses).sum().backward()
-            assert torch.equal(*losses)
-            assert torch.equal(a.grad, b.grad)
+    x, labels = (t.to(backend.device) for t in features(9, 6, dtype=torch.float32))
+    y, y_labels = (t.to(backend.device) for t in features(13, 6, dtype=torch.float32, seed=1, identities=3))
+    loss, _, options, _ = LOSSES[name]
+    kept = prepare_rows(y, metric=options.get("metric", "cosine"))
+    a, b = leaf(x, backend.device), leaf(x, backend.device)
+    losses = loss(a, labels, kept, y_labels, **options), loss(b, labels, y, y_labels, **options)
+    torch.stack(losses).sum().backward()
+    assert torch.equal(*losses)
+    assert torch.equal(a.grad, b.grad)
 
 
 def _random_case(seed: int, dtype: torch.dtype, most: int) -> tuple[str, tuple[Any, ...], dict[str, Any]]:

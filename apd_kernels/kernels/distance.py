@@ -253,11 +253,11 @@ def _gradient(
     tl.store(out, result.to(out.dtype.element_ty), mask=element_mask)
 
 
-@triton.jit(do_not_specialize=["N", "M", "row_step", "column_step"])
+@triton.jit(do_not_specialize=["N", "M"])  # a step of 1 is known: along it weights are adjacent
 def _prepared_gradient(
     gradient, distance, own, centre, other, other_root, other_largest, out, N, M, D, padded, row_step, column_step,
     own_stride,
-    METRIC: tl.constexpr, SELF: tl.constexpr, TMA: tl.constexpr, SEPARATE: tl.constexpr,
+    METRIC: tl.constexpr, SELF: tl.constexpr, TMA: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """`_gradient` at float32 grade: own rows as they are, the other ones split."""
@@ -300,12 +300,8 @@ def _prepared_gradient(
             y_mask = column_mask[:, None] & (k < padded)[None, :]
             b = tl.load(y_rows, mask=y_mask, other=0.0)
             b_low = tl.load(y_rows + padded, mask=y_mask, other=0.0)
-        cross = tl.dot(high, b_low)
-        if SEPARATE:
-            cross += tl.dot(low, b)
-        else:
-            cross = tl.dot(low, b, cross)
-        acc += (tl.dot(high, b) + cross * (1.0 / 2048)) * (r * r)[:, None]
+        p = tl.dot(high, b) + (tl.dot(high, b_low) + tl.dot(low, b)) * (1.0 / 2048)
+        acc += p * (r * r)[:, None]
     acc *= largest * largest
     mask = row_mask[:, None] & (k < D)[None, :]
     if METRIC < 2:

@@ -159,11 +159,11 @@ PLAIN_TILES: dict[int, dict[str, Any]] = {
     90: {"SEPARATE": False, "BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
     0: {"SEPARATE": False, "BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 3},
 }
-# Of the gradient: BM rows, BD of their elements, BK weights of a row at a time.
+# Of the gradient: BM rows, BD of their elements, BK weights of a row at a time. sm_90: 128 × 128 tiles spill.
 GRADIENT_TILES: dict[int, dict[str, Any]] = {
-    100: {"SEPARATE": True, "BM": 64, "BD": 64, "BK": 64, "num_warps": 4, "num_stages": 3},
-    90: {"SEPARATE": False, "BM": 64, "BD": 256, "BK": 32, "num_warps": 8, "num_stages": 3},
-    0: {"SEPARATE": False, "BM": 64, "BD": 128, "BK": 32, "num_warps": 8, "num_stages": 2},
+    100: {"BM": 64, "BD": 64, "BK": 32, "num_warps": 4, "num_stages": 3},
+    90: {"BM": 64, "BD": 128, "BK": 32, "num_warps": 8, "num_stages": 3},
+    0: {"BM": 64, "BD": 128, "BK": 32, "num_warps": 8, "num_stages": 2},
 }
 
 

@@ -58,7 +58,8 @@ def common_offset(rows: Tensor) -> Tensor | None:
 
 def half_squares(rows: Tensor) -> Tensor:
     """½‖row‖², (…, M)."""
-    return torch.linalg.vecdot(rows, rows).mul_(0.5)
+    # Not vecdot(), which takes memory for all products, and 3 times as long on a CPU.
+    return torch.linalg.vector_norm(rows, dim=-1).square_().mul_(0.5)
 
 
 def column_keys(a: Tensor, b: Tensor, half: Tensor | None, scale: int = 1) -> Tensor:
