@@ -41,6 +41,8 @@ MATRIX_KERNELS = {
     "_group_maxima",
     "_mine",
     "_mine_triangle",
+    "_prepared_distance",
+    "_prepared_gradient",
     "_same_identity",
     "_weigh",
     "_weigh_weights",
@@ -68,30 +70,55 @@ def _indices(*shape: int) -> torch.Tensor:
 
 @case
 def distance_fp32() -> None:
-    distance.pairwise_distance(_rows(4096, 2048), _rows(8192, 2048), Operands(), "euclidean", "fp32")
-    distance.pairwise_distance(_rows(4096, 2048), None, "cosine", "fp32")
+    for metric in ("euclidean", "dot"):
+        distance.pairwise_distance(_rows(256, 2048), _rows(512, 2048), Operands(), metric, "fp32")
+    distance.pairwise_distance(_rows(256, 2048), None, Operands(), "cosine", "fp32")
 
 
 @case
 def distance_tf32() -> None:
-    distance.pairwise_distance(_rows(4096, 2048), None, "euclidean", "tf32")
+    distance.pairwise_distance(_rows(4096, 2048), None, Operands(), "euclidean", "tf32")
 
 
 @case
 def distance_half() -> None:
-    distance.pairwise_distance(_rows(4096, 2048, dtype=torch.float16), None, "euclidean", "fp32")
+    distance.pairwise_distance(_rows(4096, 2048, dtype=torch.float16), None, Operands(), "euclidean", "fp32")
 
 
 @case
 def distance_bf16_of_fp32() -> None:
-    distance.pairwise_distance(_rows(4096, 2048), None, "euclidean", "bf16")
+    distance.pairwise_distance(_rows(4096, 2048), None, Operands(), "euclidean", "bf16")
 
 
 @case
 def distance_gradient() -> None:
-    x, y, g = _rows(4096, 2048), _rows(8192, 2048), _rows(4096, 8192)
+    x, y, g = _rows(256, 2048), _rows(512, 2048), _rows(256, 512)
     distance.pairwise_distance_backward(g, g, x, y, "euclidean", "fp32", True, True)
-    distance.pairwise_distance_backward(_rows(4096, 4096), _rows(4096, 4096), x, None, "dot", "fp32", True, False)
+    distance.pairwise_distance_backward(_rows(256, 256), _rows(256, 256), x, None, "dot", "fp32", True, False)
+
+
+@case
+def distance_split() -> None:
+    for metric in ("euclidean", "sqeuclidean", "cosine", "dot"):
+        distance.pairwise_distance(_rows(4096, 2048), _rows(8192, 2048), Operands(), metric, "fp32")
+        distance.pairwise_distance(_rows(4096, 2048), None, Operands(), metric, "fp32")
+
+
+@case
+def distance_split_gradient() -> None:
+    x, y, g = _rows(4096, 2048), _rows(8192, 2048), _rows(4096, 8192)
+    for metric in ("euclidean", "dot"):
+        distance.pairwise_distance_backward(g, g, x, y, metric, "fp32", True, True)
+        distance.pairwise_distance_backward(_rows(8192, 8192), _rows(8192, 8192), y, None, metric, "fp32", True, False)
+
+
+@case
+def distance_of_prepared() -> None:
+    for dtype, precision in ((torch.float32, "tf32"), (torch.float32, "bf16"), (torch.bfloat16, "fp32")):
+        x, y = _rows(256, 2048, dtype=dtype), _rows(65536, 2048, dtype=dtype)
+        for metric in ("euclidean", "dot"):
+            kept = prepared.prepare_rows(y, metric == "euclidean", precision)
+            distance.pairwise_distance(x, y, kept, metric, precision)
 
 
 @case
@@ -420,7 +447,7 @@ def ssd_over_sizes() -> None:
 def distance_over_sizes() -> None:
     for n in range(1, 301):
         g = _rows(n, 300)
-        distance.pairwise_distance(_rows(n, 2048), _rows(300, 2048), "euclidean", "fp32")
+        distance.pairwise_distance(_rows(n, 2048), _rows(300, 2048), Operands(), "euclidean", "fp32")
         distance.pairwise_distance_backward(g, g, _rows(n, 2048), None, "euclidean", "fp32", True, False)
 
 
@@ -481,3 +508,10 @@ def ranking_over_sizes() -> None:
 def neighbors_over_sizes() -> None:
     for n in range(1, 301):
         _neighbors(n, 2 * n, 10 + n % 50, excluding=True)  # the width of groups, 4 or 32, is the one bucket
+
+
+@over_sizes
+def prepared_distance_over_sizes() -> None:
+    kept = prepared.prepare_rows(_rows(65536, 2048), True, "fp32")
+    for n in range(1, 301):
+        distance.pairwise_distance(_rows(n, 2048), _rows(65536, 2048), kept, "euclidean", "fp32")

@@ -41,6 +41,17 @@ def test_budget(compiler: ProcessPoolExecutor, case: object, architecture: int) 
             assert launch.matrix_instructions > 0, launch
 
 
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_chunks_are_promoted(compiler: ProcessPoolExecutor, architecture: int) -> None:
+    """Split products multiply-add their chunks into registers: an element of the accumulator takes one operation there
+    and one that adds the small products. A compiler that accumulates in the tensor core leaves only the second."""
+    launches = _compiled(compiler, production.distance_split, architecture)
+    launches = [launch for launch in launches if launch.kernel == "_prepared_distance"]
+    assert launches
+    for launch in launches:
+        assert launch.float_operations >= 2 * launch.tile, launch
+
+
 @pytest.mark.parametrize("case", production.CASES, ids=lambda case: case.__name__)
 def test_compiles_for_blackwell(compiler: ProcessPoolExecutor, case: object) -> None:
     """sm_100: compiles, not run."""

@@ -344,6 +344,19 @@ def test_random_cases_in_kernels(backend: Backend) -> None:
 
 
 @ONE_OF_EACH
+@pytest.mark.parametrize("splits", [1, 2])
+def test_tiles_of_a_program(backend: Backend, monkeypatch: pytest.MonkeyPatch, name: str, splits: int) -> None:
+    """One program goes through several tiles, as in memories that are large: sums shrink where a larger logit comes."""
+    if backend.name == "torch":
+        pytest.skip("its rows are whole")
+    monkeypatch.setattr("apd_kernels.kernels._logsumexp.MAX_SPLITS", splits)
+    x, labels = features(9, 12, dtype=torch.float32)
+    y, y_labels = features(120, 12, dtype=torch.float32, seed=1, identities=3)
+    for order in (torch.arange(120), torch.arange(120).flip(0)):
+        compare(name, x, labels, y[order], y_labels[order], device=backend.device)
+
+
+@ONE_OF_EACH
 def test_blocks_of_rows(backend: Backend, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Many blocks of pair weights give what one block gives."""
     monkeypatch.setattr(row_arithmetic, "BLOCK_ELEMENTS", 700)

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 import torch._dynamo.testing
 from conftest import Backend
 from oracle import METRICS, assert_close, distances, features, leaf, tolerance
 
-from apd_kernels import pairwise_distance
+from apd_kernels import pairwise_distance, prepare_rows
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -122,6 +124,39 @@ def test_ignores_autocast(backend: Backend, metric: str) -> None:
     outside.square().sum().backward()
     assert torch.equal(inside, outside)
     assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_seeded_cases(backend: Backend, metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 random cases on the PyTorch path: sizes, sets, strides, offsets, scales, kept rows, blocks."""
+    for seed in range(6 if backend.interpreted else 200):
+        choose = random.Random(f"{metric} {seed}")
+        monkeypatch.setattr("apd_kernels._core.rows.BLOCK_ELEMENTS", choose.choice((50, 1 << 24)))
+        dtype = torch.float32 if backend.name == "triton" else choose.choice((torch.float32, torch.float64))
+        sets = choose.choice(((), (choose.randint(1, 3),)))
+        n, m, d = choose.randint(0, 40), choose.choice((None, choose.randint(0, 80))), choose.randint(2, 40)
+        offset, scale = choose.choice((0, 0, 3)), 10.0 ** choose.randint(-4, 4)
+        x, y = (
+            ((features(*sets, max(1, rows or 0), d, seed=seed + k)[0] + offset) * scale).to(dtype)[..., :rows, :]
+            for k, rows in enumerate((n, m))
+        )
+        if choose.random() < 0.3:
+            x = x.mT.contiguous().mT
+        a, b = leaf(x, backend.device), None if m is None else leaf(y, backend.device)
+        kept = b is not None and choose.random() < 0.3
+        ours = pairwise_distance(a, prepare_rows(b, metric=metric) if kept else b, metric=metric, precision="fp32")
+        weights = torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        (ours * weights.to(ours)).sum().backward()
+        p, q = leaf(x, dtype=torch.float64), None if m is None else leaf(y, dtype=torch.float64)
+        expected = distances(p, p if q is None else q, metric)
+        (expected * weights).sum().backward()
+        # Squares are rounded at ‖x‖²: that is up to (1 + offset²) times the squared distances.
+        relative = (1 + offset**2) * tolerance(dtype) * (10 if metric == "euclidean" else 2)
+        assert_close(ours, expected, relative, f"distances of case {seed}", 1.0 if metric == "cosine" else 1e-30)
+        of_gradient = {"euclidean": 1.0, "cosine": 1 / scale}.get(metric, scale)  # sums may cancel to less
+        assert_close(a.grad, p.grad, relative, f"gradient of x of case {seed}", of_gradient)
+        if b is not None and not kept:
+            assert_close(b.grad, q.grad, relative, f"gradient of y of case {seed}", of_gradient)
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Backend
-from oracle import METRICS, assert_close, distances, features, leaf, masks, tolerance
+from oracle import METRICS, assert_close, distances, features, leaf, masks, pairing_options, tolerance
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -249,6 +250,49 @@ def test_triplet_equals_other_projects(real_data: Path, peer: str) -> None:
                 assert_close(x.grad, torch.from_numpy(arrays[f"grad{tag}_f64"]), 1e-8, case)
             compared += 1
     assert compared > 0
+
+
+def test_seeded_cases(backend: Backend) -> None:
+    """200 random cases on the PyTorch path: sizes, sets, all options, who may be paired with whom."""
+    for seed in range(8 if backend.interpreted else 200):
+        choose = random.Random(seed)
+        dtype = torch.float32 if backend.name == "triton" else choose.choice((torch.float32, torch.float64))
+        sets = choose.choice(((), (choose.randint(1, 3),)))
+        n, m, d = choose.randint(0, 40), choose.choice((None, choose.randint(0, 90))), choose.randint(2, 40)
+        margin, reverse = choose.choice((None, 0.0, 0.3)), choose.random() < 0.5
+        metric, identities = choose.choice(METRICS), choose.randint(1, 12)
+        x, labels = features(*sets, n, d, dtype=dtype, seed=seed, identities=identities)
+        y = y_labels = None
+        if m is not None:
+            y, y_labels = features(*sets, m, d, dtype=dtype, seed=seed + 1, identities=identities)
+        options = pairing_options(choose, n, m)
+        a, b = leaf(x, backend.device), None if y is None else leaf(y, backend.device)
+        here = {k: v.to(backend.device) if isinstance(v, Tensor) else v for k, v in options.items()}
+        here |= {"margin": margin, "reverse": reverse, "metric": metric}
+        moved = [None if t is None else t.to(backend.device) for t in (labels, y_labels)]
+        loss, indices = triplet_loss(a, moved[0], b, moved[1], return_indices=True, **here)
+        loss.sum().backward()
+
+        p, q = leaf(x, dtype=torch.float64), None if y is None else leaf(y, dtype=torch.float64)
+        d_all = distances(p, p if q is None else q, metric)
+        positive, negative = masks(labels, y_labels, **options)
+        valid = positive.any(1) & negative.any(1)
+        at = [index.cpu().clamp(min=0) for index in indices]
+        if d_all.shape[-1] == 0:
+            assert torch.equal(loss.cpu(), torch.zeros_like(loss.cpu()))
+            continue
+        far, near = (d_all.gather(-1, index[..., None])[..., 0] for index in at)
+        assert_close(far[..., valid], d_all.masked_fill(~positive, -torch.inf).amax(-1)[..., valid], 1e-5)
+        assert_close(near[..., valid], d_all.masked_fill(~negative, torch.inf).amin(-1)[..., valid], 1e-5)
+        gap = near - far if reverse else far - near
+        terms = (F.softplus(gap, threshold=40) if margin is None else (gap + margin).clamp(min=0)) * valid
+        expected = terms.sum(-1) / max(1, int(valid.sum()))
+        expected.sum().backward()
+        relative = 5 * tolerance(dtype)
+        assert_close(loss, expected, relative, f"loss of case {seed}", scale=1e-2)
+        assert_close(a.grad, p.grad, 2 * relative, f"gradient of x of case {seed}", scale=1e-2)
+        if b is not None:
+            assert_close(b.grad, q.grad, 2 * relative, f"gradient of y of case {seed}", scale=1e-2)
 
 
 @pytest.mark.parametrize("margin", [0.3, None])

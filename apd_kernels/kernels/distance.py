@@ -257,7 +257,7 @@ def _gradient(
 def _prepared_gradient(
     gradient, distance, own, centre, other, other_root, other_largest, out, N, M, D, padded, row_step, column_step,
     own_stride,
-    METRIC: tl.constexpr, SELF: tl.constexpr, TMA: tl.constexpr,
+    METRIC: tl.constexpr, SELF: tl.constexpr, TMA: tl.constexpr, SEPARATE: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """`_gradient` at float32 grade: own rows as they are, the other ones split."""
@@ -300,8 +300,14 @@ def _prepared_gradient(
             y_mask = column_mask[:, None] & (k < padded)[None, :]
             b = tl.load(y_rows, mask=y_mask, other=0.0)
             b_low = tl.load(y_rows + padded, mask=y_mask, other=0.0)
-        p = tl.dot(high, b) + (tl.dot(high, b_low) + tl.dot(low, b)) * (1.0 / 2048)
-        acc += p * (r * r)[:, None]
+        unscale = (r * r)[:, None]
+        if SEPARATE:  # as in `split_product`; a sum of dots would become one accumulator
+            acc += tl.dot(high, b) * unscale
+            acc += tl.dot(high, b_low) * (unscale * (1.0 / 2048))
+            acc += tl.dot(low, b) * (unscale * (1.0 / 2048))
+        else:
+            cross = tl.dot(low, b, tl.dot(high, b_low))
+            acc += (tl.dot(high, b) + cross * (1.0 / 2048)) * unscale
     acc *= largest * largest
     mask = row_mask[:, None] & (k < D)[None, :]
     if METRIC < 2:

@@ -161,9 +161,9 @@ PLAIN_TILES: dict[int, dict[str, Any]] = {
 }
 # Of the gradient: BM rows, BD of their elements, BK weights of a row at a time. sm_90: 128 × 128 tiles spill.
 GRADIENT_TILES: dict[int, dict[str, Any]] = {
-    100: {"BM": 64, "BD": 64, "BK": 32, "num_warps": 4, "num_stages": 3},
-    90: {"BM": 64, "BD": 128, "BK": 32, "num_warps": 8, "num_stages": 3},
-    0: {"BM": 64, "BD": 128, "BK": 32, "num_warps": 8, "num_stages": 2},
+    100: {"SEPARATE": True, "BM": 64, "BD": 64, "BK": 32, "num_warps": 4, "num_stages": 3},
+    90: {"SEPARATE": False, "BM": 64, "BD": 128, "BK": 32, "num_warps": 8, "num_stages": 3},
+    0: {"SEPARATE": False, "BM": 64, "BD": 128, "BK": 32, "num_warps": 8, "num_stages": 2},
 }
 
 
