@@ -24,6 +24,7 @@ from apd_kernels.rerank import (
     query_expansion,
 )
 from apd_kernels.ssd import DisentangledMaps, identity_derangement, ssd_mask
+from apd_kernels.tuning import autotune, warmup
 from apd_kernels.weighting import WeightedPairs, weighted_pairs
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "RerankedDistances",
     "SearchResult",
     "WeightedPairs",
+    "autotune",
     "batch_hard",
     "circle_loss",
     "gather_features",
@@ -62,5 +64,6 @@ __all__ = [
     "supervised_contrastive_loss",
     "triplet_loss",
     "use_backend",
+    "warmup",
     "weighted_pairs",
 ]

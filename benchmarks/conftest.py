@@ -29,7 +29,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     import apd_kernels._core.backend as backend
 
     machine_info["device"] = (
-        torch.cuda.get_device_name() if ON_GPU else f"{_processor()}, {torch.get_num_threads()} threads"
+        torch.cuda.get_device_name() if ON_GPU else f"{processor()}, {torch.get_num_threads()} threads"
     )
     machine_info["torch"] = torch.__version__
     if backend.HAS_TRITON:
@@ -38,7 +38,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         machine_info["triton"] = triton.__version__
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))

@@ -53,6 +53,16 @@ def _cell(entry: dict[str, Any] | None, ours: float) -> str:
     return text
 
 
+def insert(file: Path, text: str, begin: str, end: str) -> None:
+    """Replace what stands between two markers of a file."""
+    document = file.read_text()
+    head, first, rest = document.partition(begin)
+    _, last, tail = rest.partition(end)
+    if not first or not last:
+        raise SystemExit(f"{file}: expected the markers {begin} and {end}")
+    file.write_text(f"{head}{begin}\n{text}\n{end}{tail}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, help="written by pytest benchmarks/ --benchmark-json=RESULTS.json")
@@ -62,12 +72,7 @@ def main() -> None:
     if arguments.into is None:
         print(text)
         return
-    document = arguments.into.read_text()
-    head, begin, rest = document.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{arguments.into}: expected the markers {BEGIN} and {END}")
-    arguments.into.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
+    insert(arguments.into, text, BEGIN, END)
 
 
 if __name__ == "__main__":

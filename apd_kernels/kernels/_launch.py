@@ -32,7 +32,7 @@ class Launch:
 @dataclass
 class _Recording:
     architecture: int
-    launches: list[Launch]
+    launches: list[Launch] | None  # None: they are compiled
 
 
 _recording: ContextVar[_Recording | None] = ContextVar("apd_kernels_recording", default=None)
@@ -41,10 +41,20 @@ _recording: ContextVar[_Recording | None] = ContextVar("apd_kernels_recording", 
 @contextmanager
 def recording(architecture: int) -> Iterator[list[Launch]]:
     """Collect launches as for compute capability `architecture` (80, 90, 100, …) instead of running them."""
-    record = _Recording(architecture, [])
-    token = _recording.set(record)
+    launches: list[Launch] = []
+    token = _recording.set(_Recording(architecture, launches))
     try:
-        yield record.launches
+        yield launches
+    finally:
+        _recording.reset(token)
+
+
+@contextmanager
+def compiling(device: int) -> Iterator[None]:
+    """Compile launches for the current CUDA device `device` instead of running them; tensors may be on meta."""
+    token = _recording.set(_Recording(0 if torch.version.hip else _capability(device), None))
+    try:
+        yield
     finally:
         _recording.reset(token)
 
@@ -56,6 +66,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     record = _recording.get()
     if record is None:
         kernel[grid](*arguments, **options)
+    elif record.launches is None:
+        kernel.warmup(*arguments, grid=grid, **options)
     else:
         record.launches.append(Launch(kernel, grid, arguments, options))
 

@@ -389,7 +389,8 @@ def mine(
         if not pairing.of_labels_only():  # the other masks take registers: tiles of 128 would spill on sm_90
             options["BN"] = min(options["BN"], 64)
             options["BM"] = min(options["BM"], 64 if triangle else 128)
-        a, b = tiles_of(own.parts, options["BM"], options), tiles_of(others.parts, options["BN"], options)
+        a = tiles_of(own.parts, options["BM"], options["BK"], options)
+        b = tiles_of(others.parts, options["BN"], options["BK"], options)
         half, root, y_half, y_root = own.half, own.root, others.half, others.root
         if own.largest is not None and others.largest is not None:
             largest = others.largest if y is None else torch.maximum(own.largest, others.largest)
