@@ -170,8 +170,8 @@ def _fake_scaled(gradient: Tensor, share: Tensor, for_x: Tensor, for_y: Tensor, 
 # needed. `form` is "circle" (`scale` γ) or "contrastive" (`scale` 1/τ).
 _contrastive_loss = operator(
     "contrastive",
-    f"contrastive_loss(Tensor x, Tensor? y, {Operands.SCHEMA}, {Pairing.SCHEMA}, str form, float scale, float margin, "
-    "str precision, bool needs_x, bool needs_y, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"contrastive_loss(Tensor x, Tensor? y, {Operands.schema()}, {Pairing.schema()}, str form, float scale, "
+    "float margin, str precision, bool needs_x, bool needs_y, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
     grouped=(Operands, Pairing),
 )

@@ -64,7 +64,7 @@ def _fake_backward(
 
 _pairwise_distance = operator(
     "distance",
-    f"pairwise_distance(Tensor x, Tensor? y, {Operands.SCHEMA}, str metric, str precision, str backend) -> Tensor",
+    f"pairwise_distance(Tensor x, Tensor? y, {Operands.schema()}, str metric, str precision, str backend) -> Tensor",
     fake=_fake,
     grouped=(Operands,),
 )

@@ -183,8 +183,8 @@ def _fake_mined(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
 # (∂L/∂d · 1/d for "euclidean"): all that the backward pass needs beyond the rows and the winners.
 _triplet_loss = operator(
     "losses",
-    f"triplet_loss(Tensor x, Tensor? y, {Operands.SCHEMA}, {Pairing.SCHEMA}, float? margin, bool reverse, str metric, "
-    "str precision, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"triplet_loss(Tensor x, Tensor? y, {Operands.schema()}, {Pairing.schema()}, float? margin, bool reverse, "
+    "str metric, str precision, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_mined,
     grouped=(Operands, Pairing),
 )

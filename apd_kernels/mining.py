@@ -115,7 +115,7 @@ def _fake_gradient(
 
 _batch_hard = operator(
     "mining",
-    f"batch_hard(Tensor x, Tensor? y, {Operands.SCHEMA}, {Pairing.SCHEMA}, str metric, str precision, str backend) "
+    f"batch_hard(Tensor x, Tensor? y, {Operands.schema()}, {Pairing.schema()}, str metric, str precision, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
     grouped=(Operands, Pairing),

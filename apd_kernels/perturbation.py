@@ -157,7 +157,8 @@ first_derivatives_only(_metric_perturbation_loss_scaled)
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     perturbed, negatives, original, indices, ctx.with_gradient, ctx.backend = inputs
     _, share, to_negatives, to_original, total = output
-    ctx.mark_non_differentiable(share, to_negatives, to_original, total)
+    # `total` stays part of the graph, so that differentiating it is an error and no silent zero.
+    ctx.mark_non_differentiable(share, to_negatives, to_original)
     if ctx.with_gradient:
         # The rows are not kept: nothing but `perturbed` was to have a gradient.
         ctx.save_for_backward(share, total)

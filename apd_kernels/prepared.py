@@ -25,11 +25,22 @@ class Operands(NamedTuple):
     root: Tensor | None = None  # scale^−½ of each row
     largest: Tensor | None = None  # max root
 
-    SCHEMA = "Tensor? parts, Tensor? half, Tensor? centre, Tensor? root, Tensor? largest"
+    @staticmethod
+    def schema() -> str:
+        """The fields as arguments of an operator."""
+        return "Tensor? parts, Tensor? half, Tensor? centre, Tensor? root, Tensor? largest"
 
 
 class PreparedRows:
-    """Rows as products with them are taken: see `prepare_rows`. It does not follow later changes of the rows."""
+    """Rows as products with them are taken: see `prepare_rows`. It does not follow later changes of the rows.
+
+    >>> import torch
+    >>> kept = prepare_rows(torch.ones(5, 2), metric="dot", precision="fp32")
+    >>> kept
+    PreparedRows(shape=(5, 2), metric='dot', precision='fp32', backend='torch', device=cpu)
+    >>> kept.nbytes()
+    0
+    """
 
     def __init__(self, rows: Tensor, operands: Operands, dtype: torch.dtype, metric: str, precision: str, backend: str):
         self.rows = rows  # (M, D) or (S, M, D): what distances of chosen rows are taken from; unit rows for "cosine"

@@ -115,6 +115,8 @@ def autotune(
     Raises:
         ValueError: an unknown kernel.
         RuntimeError: without a CUDA device and Triton, or during a CUDA graph's capture.
+
+    >>> tiles = autotune(2048, kernels=["mine.split"]) if torch.cuda.is_available() else {}
     """
     _check_dimension(dimension)
     if not _kernels_serve():

@@ -98,7 +98,7 @@ def _fake_backward(
 # there is none.
 _weighted_pairs = operator(
     "weighting",
-    f"weighted_pairs(Tensor x, Tensor? y, {Operands.SCHEMA}, {Pairing.SCHEMA}, str metric, str precision, "
+    f"weighted_pairs(Tensor x, Tensor? y, {Operands.schema()}, {Pairing.schema()}, str metric, str precision, "
     "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
     grouped=(Operands, Pairing),
@@ -106,8 +106,8 @@ _weighted_pairs = operator(
 _weighted_pairs_backward = operator(
     "weighting",
     "weighted_pairs_backward(Tensor for_positive, Tensor for_negative, Tensor positive, Tensor negative, "
-    f"Tensor of_positives, Tensor of_negatives, Tensor x, Tensor? y, {Operands.SCHEMA}, {Pairing.SCHEMA}, str metric, "
-    "str precision, bool needs_x, bool needs_y, str backend) -> (Tensor, Tensor)",
+    f"Tensor of_positives, Tensor of_negatives, Tensor x, Tensor? y, {Operands.schema()}, {Pairing.schema()}, "
+    "str metric, str precision, bool needs_x, bool needs_y, str backend) -> (Tensor, Tensor)",
     fake=_fake_backward,
     grouped=(Operands, Pairing),
 )

@@ -107,26 +107,3 @@ def assert_close(actual: Tensor, expected: Tensor, relative: float, what: str = 
     error = (actual - expected).abs().max().item()
     bound = relative * max(expected.abs().max().item(), scale)
     assert error <= bound, f"{what}: off by {error:.3g}, allowed {bound:.3g}"
-
-
-def ruled_masks(
-    labels: Tensor,
-    y_labels: Tensor | None,
-    *,
-    own: Tensor | None = None,
-    y_valid: Tensor | None = None,
-    domains: Tensor | None = None,
-    y_domains: Tensor | None = None,
-    positives: str = "all",
-    negatives: str = "all",
-) -> tuple[Tensor, Tensor]:
-    """`masks` less what the options leave out, pair by pair."""
-    positive, negative = masks(labels, y_labels)
-    others = domains if y_domains is None else y_domains
-    for i in range(positive.shape[0]):
-        for j in range(positive.shape[1]):
-            allowed = (own is None or own[i] != j) and (y_valid is None or bool(y_valid[j]))
-            for mask, rule in ((positive, positives), (negative, negatives)):
-                within = rule == "all" or (domains[i] == others[j]) == (rule == "within")
-                mask[i, j] &= bool(allowed and within)
-    return positive, negative

@@ -55,7 +55,7 @@ def test_chunks_are_promoted(compiler: ProcessPoolExecutor, architecture: int) -
 @pytest.mark.parametrize("case", production.CASES, ids=lambda case: case.__name__)
 def test_compiles_for_blackwell(compiler: ProcessPoolExecutor, case: object) -> None:
     """sm_100: compiles, not run. Products of prepared rows use the tensor cores: a tile that asks for too much tensor
-    memory compiles to a kernel that does nothing."""
+    memory compiles to a trap."""
     launches = _compiled(compiler, case, 100)
     assert launches
     assert all(launch.matrix_instructions for launch in launches if launch.kernel.startswith("_prepared"))

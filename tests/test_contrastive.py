@@ -10,7 +10,7 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from conftest import Backend
-from oracle import assert_close, features, leaf, ruled_masks, tolerance
+from oracle import assert_close, features, leaf, masks, tolerance
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,7 +32,7 @@ def circle_oracle(
     """Sun et al., eq. 6, anchor by anchor; the weights are constants."""
     s = _unit(x) @ _unit(x if y is None else y).T
     terms = []
-    for row, positive, negative in zip(s, *ruled_masks(labels, y_labels, **rules), strict=True):
+    for row, positive, negative in zip(s, *masks(labels, y_labels, **rules), strict=True):
         if positive.any() and negative.any():
             s_p, s_n = row[positive], row[negative]
             alpha_p, alpha_n = (1 + margin - s_p.detach()).clamp(min=0), (s_n.detach() + margin).clamp(min=0)
@@ -51,7 +51,7 @@ def contrastive_oracle(
     logits = (_unit(x) @ _unit(other).T if metric == "cosine" else x @ other.T) / temperature
     terms = [
         row[positive | negative].logsumexp(0) - row[positive].mean()
-        for row, positive, negative in zip(logits, *ruled_masks(labels, y_labels, **rules), strict=True)
+        for row, positive, negative in zip(logits, *masks(labels, y_labels, **rules), strict=True)
         if positive.any()
     ]
     return torch.stack(terms).mean() if terms else 0 * x.nan_to_num(0).sum()
@@ -496,7 +496,7 @@ def test_circle_loss_equals_other_projects(real_data: Path, peer: str) -> None:
     cases, archive = _golden(real_data, peer)
     for case in cases:
         labels = torch.from_numpy(archive[f"{case}__labels"])
-        positive, negative = ruled_masks(labels, None)
+        positive, negative = masks(labels, None)
         valid = positive.any(1) & negative.any(1)
         tags = [key.split("loss")[1][:-4] for key in archive.files if key.startswith(f"{case}__loss") and "f64" in key]
         for tag in tags:

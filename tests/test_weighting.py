@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from conftest import Backend
-from oracle import METRICS, assert_close, distances, features, leaf, ruled_masks, tolerance
+from oracle import METRICS, assert_close, distances, features, leaf, masks, tolerance
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,7 +30,7 @@ def oracle(
     """d_p, d_n and which anchors have both, anchor by anchor."""
     found = []
     for d, positive, negative in zip(
-        distances(x, x if y is None else y, metric), *ruled_masks(labels, y_labels, **rules), strict=True
+        distances(x, x if y is None else y, metric), *masks(labels, y_labels, **rules), strict=True
     ):
         sides = [
             (values * (sign * values).softmax(0)).sum() if len(values) else 0 * x.nan_to_num(0).sum()

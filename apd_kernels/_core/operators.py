@@ -30,11 +30,11 @@ def operator(
         module: file name, without ``.py``, that holds the implementations under kernels/ and reference/.
         schema: as in ``torch.library.define``, name included.
         fake: shapes and dtypes of the results; takes the operator's arguments.
-        grouped: named tuples, in the order of the schema, whose ``SCHEMA`` is part of it: the implementation takes each
-            as one argument. (An operator takes them one by one: a ``Tensor[]`` costs 0.1 ms a call in autograd.)
+        grouped: named tuples, in the order of the schema, whose ``schema()`` is part of it: the implementation takes
+            each as one argument. (An operator takes them one by one: a ``Tensor[]`` costs 0.1 ms a call in autograd.)
     """
     name, _, parameters = schema.partition("(")
-    places = [(parameters.partition(kind.SCHEMA)[0].count(","), kind) for kind in grouped]
+    places = [(parameters.partition(kind.schema())[0].count(","), kind) for kind in grouped]
 
     def body(*arguments: Any) -> Any:
         *inputs, backend = arguments

@@ -24,10 +24,13 @@ class Pairing(NamedTuple):
     positives: str = "all"  # "within": only of the anchor's domain; "across": only of other domains
     negatives: str = "all"
 
-    SCHEMA = (
-        "Tensor labels, Tensor? y_labels, Tensor? own, Tensor? domains, Tensor? y_domains, Tensor? y_valid, "
-        "str positives, str negatives"
-    )
+    @staticmethod
+    def schema() -> str:
+        """The fields as arguments of an operator."""
+        return (
+            "Tensor labels, Tensor? y_labels, Tensor? own, Tensor? domains, Tensor? y_domains, Tensor? y_valid, "
+            "str positives, str negatives"
+        )
 
     def of_labels_only(self) -> bool:
         """Whether labels decide alone (and, without y, the place on the diagonal)."""

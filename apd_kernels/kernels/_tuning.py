@@ -136,7 +136,7 @@ def has_descriptors(x: Tensor) -> bool:
 
 
 def separate_accumulators(x: Tensor) -> bool:
-    """Whether each dot of an iteration needs its own accumulator: on tcgen05 sums are wrong otherwise (triton#10821)."""
+    """Whether each dot of an iteration needs its own accumulator: on tcgen05 the sums are wrong else (triton#10821)."""
     return family(x) >= 100
 
 

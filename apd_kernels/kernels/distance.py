@@ -155,7 +155,7 @@ def _store_in_parts(
     METRIC: tl.constexpr, SELF: tl.constexpr, FORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PART: tl.constexpr,
 ):  # fmt: skip
-    """`_store_distances` of PART columns at a time."""
+    """`_store_distances` of PART columns at a time: on sm_90 a whole tile's addresses and mirror image would spill."""
     if BN > PART:
         left, right = acc.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
         _store_in_parts(left, row, column, x_half, y_half, x_root, y_root, x_largest, y_largest, out, s, N, M,
@@ -358,12 +358,13 @@ def _of_prepared(x: Tensor, y: Tensor | None, prepared: Operands, metric: str, p
     sets = a.parts.shape[0]
     row_tiles, column_tiles = triton.cdiv(n, options["BM"]), triton.cdiv(m, options["BN"])
     tiles = sets * (row_tiles * (row_tiles + 1) // 2 if y is None else row_tiles * column_tiles)
+    BK, BN = options["BK"], options["BN"]
     launch(
         _prepared_distance, (tiles if y is None else min(tiles, programs(x)),),
-        tiles_of(a.parts, options["BM"], options["BK"], options), tiles_of(b.parts, options["BN"], options["BK"], options),
+        tiles_of(a.parts, options["BM"], BK, options), tiles_of(b.parts, BN, BK, options),
         a.half, b.half, a.root, b.root, a.largest, b.largest, out, sets, n, m,
         a.parts.shape[-1] // (2 if a.root is not None else 1), 1.0,
-        METRIC=METRIC_NUMBER[metric], SELF=y is None, GROUP=GROUP, PART=32 if options["BN"] > 64 else options["BN"], **options,
+        METRIC=METRIC_NUMBER[metric], SELF=y is None, GROUP=GROUP, PART=BN if BN <= 64 else 32, **options,
     )  # fmt: skip
     return out
 

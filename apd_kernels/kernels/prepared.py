@@ -96,7 +96,7 @@ def is_split(x: Tensor, precision: str) -> bool:
 
 
 def prepare_rows(rows: Tensor, euclidean: bool, precision: str, centre: Tensor | None = None) -> Operands:
-    """Launch `_split_rows` or `_convert_rows`: S sets of M rows as products are taken of them, D' elements after padding.
+    """Launch `_split_rows` or `_convert_rows`: S sets of M rows ready for products, D' elements after padding.
 
     parts: (S, M, 2 D') float16, hi of a row and then its lo, of float32 rows for "fp32"; else (S, M, D'), the rows
     converted (half-precision rows themselves if their layout allows). half: (S, M), of split rows in units of their

@@ -13,7 +13,7 @@ from apd_kernels.reference.mining import row_distance
 def paired_distance(x: Tensor, y: Tensor, metric: str) -> Tensor:
     """d(x_i, y_i)."""
     distance = x.new_empty(x.shape[:-1], dtype=internal_dtype(x))
-    for block in row_blocks(*x.shape[-2:], max(1, x.shape[:-2].numel())):
+    for block in row_blocks(x.shape[-2], x.shape[-1], max(1, x.shape[:-2].numel())):
         a, b = (rows[..., block, :].to(distance.dtype) for rows in (x, y))
         if metric == "cosine":
             a, b = unit_rows(a), unit_rows(b)
@@ -27,7 +27,7 @@ def paired_distance_backward(
     """∂x = w (x − y) = −∂y;  dot: ∂x = −g y, ∂y = −g x;  cosine: ∂x = g ((x̂ − ŷ) − d x̂) / ‖x‖, and so for y."""
     x_gradient = torch.empty_like(x, memory_format=torch.contiguous_format) if for_x else x.new_empty(0)
     y_gradient = torch.empty_like(y, memory_format=torch.contiguous_format) if for_y else y.new_empty(0)
-    for block in row_blocks(*x.shape[-2:], max(1, x.shape[:-2].numel())):
+    for block in row_blocks(x.shape[-2], x.shape[-1], max(1, x.shape[:-2].numel())):
         a, b = (rows[..., block, :].to(distance.dtype) for rows in (x, y))
         g, d = (values[..., block, None] for values in (gradient, distance))
         for wanted, result, own, other in ((for_x, x_gradient, a, b), (for_y, y_gradient, b, a)):
