@@ -258,6 +258,17 @@ def test_bits_repeat_and_autocast_is_ignored(backend: Backend) -> None:
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
+def test_second_derivatives_are_refused(backend: Backend) -> None:
+    """An error instead of a gradient penalty that is silently zero, also where the forward pass made the gradient."""
+    x, _ = features(6, 4, dtype=torch.float32)
+    for others in (x + 1, leaf(x + 1, backend.device)):
+        a = leaf(x, backend.device)
+        loss = metric_perturbation_loss(a, others.to(backend.device)[:, None], x.to(backend.device))
+        (gradient,) = torch.autograd.grad(loss, a, create_graph=True)
+        with pytest.raises(RuntimeError, match="first derivatives only"):
+            gradient.square().sum().backward()
+
+
 def test_gradcheck() -> None:
     p, n, o, bank = (x.requires_grad_() for x in drawn((3, 5), (3, 2, 5), (3, 5), (4, 5), dtype=torch.float64))
     indices = torch.tensor([[0, -1], [2, 3], [3, 3]])

@@ -159,7 +159,8 @@ def _mean_row(rows: Tensor) -> Tensor:
 SPLIT_TILES: dict[int, dict[str, Any]] = {
     100: {"SEPARATE": True, "BM": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 3},
     90: {"SEPARATE": False, "BM": 128, "BN": 128, "BK": 32, "num_warps": 8, "num_stages": 4},
-    0: {"SEPARATE": False, "BM": 128, "BN": 128, "BK": 32, "num_warps": 8, "num_stages": 2},
+    80: {"SEPARATE": False, "BM": 128, "BN": 128, "BK": 32, "num_warps": 8, "num_stages": 2},
+    0: {"SEPARATE": False, "BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2},  # 64 KB on gfx942
 }
 PLAIN_TILES: dict[int, dict[str, Any]] = {
     90: {"SEPARATE": False, "BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
