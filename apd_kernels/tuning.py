@@ -132,8 +132,9 @@ def autotune(
         tiles = _tuning.load_tiles(path)
         for kernel in kernels or _tuning.TABLE:
             work = work_of(kernel, dimension)
-            today = _tuning.tile(kernel, torch.empty(0, device="cuda"))
-            tiles[kernel], milliseconds = fastest(kernel, [today, *_tuning.CANDIDATES[kernel]], work, _milliseconds)
+            x = torch.empty(0, device="cuda")
+            others = [] if _tuning.separate_accumulators(x) else _tuning.CANDIDATES[kernel]
+            tiles[kernel], milliseconds = fastest(kernel, [_tuning.tile(kernel, x), *others], work, _milliseconds)
             if verbose:
                 print(f"{kernel}: {tiles[kernel]} {milliseconds[0]:.3f} ms, before {milliseconds[1]:.3f} ms")
         import triton
@@ -168,12 +169,15 @@ def work_of(
 ) -> Callable[[], Any]:
     """A call that spends its time in `kernel`."""
     operation, form = kernel.split(".")
-    precision = "tf32" if form == "plain" else "fp32"
-    n, m = (small // 4, 2 * large) if operation == "mine" else (small, small) if form == "rows" else (large, large)
+    precision = "tf32" if form in ("plain", "wide") else "fp32"
+    if operation == "mine":
+        n, m = small // 4, small if form == "rows" else 2 * large
+    else:
+        n = m = small if form == "rows" else large
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(n, dimension, device=device, generator=generator, requires_grad=operation == "gradient")
     y = torch.randn(m, dimension, device=device, generator=generator)
-    others = y if form == "rows" or operation == "gradient" else prepare_rows(y, precision=precision)
+    others = prepare_rows(y, precision=precision) if form in ("split", "plain") and operation != "gradient" else y
     if operation == "mine":
         labels, y_labels = (torch.arange(rows, device=device) // 4 for rows in (n, m))
         return lambda: batch_hard(x, labels, others, y_labels, precision=precision)

@@ -179,6 +179,17 @@ def mining_of_kept_rows() -> None:
 
 
 @case
+def large_problems_of_rows() -> None:
+    for dtype, precision in ((torch.float32, "tf32"), (torch.float32, "bf16"), (torch.float16, "fp32")):
+        x, y = _rows(512, 2048, dtype=dtype), _rows(65536, 2048, dtype=dtype)
+        valid = torch.empty(65536, dtype=torch.bool, device="meta")
+        distance.pairwise_distance(x, y, Operands(), "euclidean", precision)
+        for y_valid in (None, valid):
+            pairing = Pairing(_indices(512), _indices(65536), own=_indices(512), y_valid=y_valid)
+            mining.batch_hard(x, y, Operands(), pairing, "euclidean", precision)
+
+
+@case
 def mining_in_large_batch() -> None:
     for precision in ("fp32", "tf32"):
         mining.batch_hard(_rows(4096, 2048), None, Operands(), Pairing(_indices(4096)), "euclidean", precision)

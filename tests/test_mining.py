@@ -412,7 +412,7 @@ def test_split_rows(metric: str, tma: bool, monkeypatch: pytest.MonkeyPatch) -> 
     device = "cpu" if INTERPRETED else "cuda"
     if not INTERPRETED and tma:
         pytest.skip("the device decides")
-    monkeypatch.setattr("apd_kernels.kernels.distance.SPLIT_PRODUCTS", 0)
+    monkeypatch.setattr("apd_kernels.kernels.prepared.LARGE_PRODUCTS", 0)
     if INTERPRETED:
         monkeypatch.setattr("apd_kernels.kernels.prepared.has_tma", lambda x: tma)
     for seed, (sets, n, m) in enumerate((((), 70, 150), ((2,), 20, 70), ((), 130, None), ((2,), 67, None))):

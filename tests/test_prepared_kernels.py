@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from apd_kernels import pairwise_distance, prepare_rows, use_backend
-from apd_kernels.kernels import _launch, prepared
+from apd_kernels.kernels import _launch, _tuning, prepared
 from apd_kernels.kernels import distance as kernels
 from apd_kernels.prepared import Operands
 
@@ -23,10 +23,11 @@ EUCLIDEAN = ("euclidean", "sqeuclidean")
 @pytest.fixture(autouse=True)
 def _small_problems_split(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small problems take the route of large ones; in the interpreter with tiles that they fill several of."""
-    monkeypatch.setattr(kernels, "SPLIT_PRODUCTS", 0)
-    for table in (prepared.SPLIT_TILES, prepared.PLAIN_TILES):
-        monkeypatch.setitem(table, 0, {**table[0], "BM": 32, "BN": 32, "BK": 32})
-    monkeypatch.setitem(prepared.GRADIENT_TILES, 0, {**prepared.GRADIENT_TILES[0], "BM": 32, "BD": 64, "BK": 32})
+    monkeypatch.setattr(prepared, "LARGE_PRODUCTS", 0)
+    for kernel in ("distance.split", "distance.plain", "gradient.split"):
+        rows = _tuning.TABLE[kernel]
+        options = {**rows[0].options, "BM": 32, "BK": 32} | ({"BD": 64} if "gradient" in kernel else {"BN": 32})
+        monkeypatch.setitem(rows, 0, _tuning.Tile(options, "for small problems"))
     with use_backend("triton"):
         yield
 

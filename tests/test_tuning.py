@@ -126,13 +126,14 @@ def test_autotune_times_the_kernel_that_it_names(kernel: str, monkeypatch: pytes
 
     for module in ("distance", "mining", "prepared"):
         monkeypatch.setattr(f"apd_kernels.kernels.{module}.tile", tile, raising=False)
-    if kernel.endswith("split"):
-        monkeypatch.setattr("apd_kernels.kernels.prepared.SPLIT_PRODUCTS", 0)
+    if kernel.endswith(("split", "wide")):
+        monkeypatch.setattr("apd_kernels.kernels.prepared.LARGE_PRODUCTS", 0)
     with use_backend("triton"):
         work = work_of(kernel, 16, device="cpu", small=8, large=8)
         asked.clear()
         work()
     assert asked == [kernel]
+    assert kernel in tuning.CANDIDATES
 
 
 def _specialisations(operations: tuple[str, ...]) -> tuple[set[str], set[str]]:

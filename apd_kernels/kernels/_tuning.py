@@ -42,7 +42,7 @@ def _tile(evidence: str, **options: int) -> Tile:
     return Tile(options, evidence)
 
 
-_NOT_RUN = "compiles without spills, not run"
+_NOT_RUN = "compiles, not run"
 _H100 = "H100, the same tile in a probe of the product alone: "
 
 # Rows of TABLE[kernel][family]. BM, BN: rows and columns of a tile of pairs; BK: elements of a row at a time (of the
@@ -51,6 +51,17 @@ TABLE: dict[str, dict[int, Tile]] = {
     # Rows as they come, loaded through pointers; problems that take less than about 1 ms.
     "distance.rows": {
         CONSERVATIVE: _tile("estimate: programs fit several times", BM=64, BN=64, BK=32, num_warps=8, num_stages=3),
+    },
+    # The same, large problems in TF32, bfloat16 or of half-precision rows.
+    "distance.wide": {
+        CONSERVATIVE: _tile("estimate: as distance.rows", BM=64, BN=64, BK=32, num_warps=8, num_stages=3),
+        80: _tile("estimate: 4 times the products a byte", BM=128, BN=128, BK=32, num_warps=8, num_stages=3),
+        90: _tile("estimate; BK=64 spills", BM=128, BN=128, BK=32, num_warps=8, num_stages=4),
+    },
+    "mine.wide": {
+        CONSERVATIVE: _tile("estimate: as distance.rows", BM=64, BN=64, BK=32, num_warps=8, num_stages=3),
+        80: _tile("estimate: more products a byte, no spills", BM=128, BN=64, BK=32, num_warps=8, num_stages=3),
+        90: _tile("estimate; BK=64 spills", BM=128, BN=128, BK=32, num_warps=8, num_stages=4),
     },
     "gradient.rows": {
         CONSERVATIVE: _tile("estimate: as distance.rows", BM=64, BN=32, BD=32, num_warps=8, num_stages=3),
@@ -104,6 +115,8 @@ _OF_BOTH = [
     {"BM": m, "BN": n, "BD": d, "num_warps": warps, "num_stages": stages}
     for (m, n, warps), d, stages in product(_BLOCKS[:4], (32, 64), (2, 3))
 ]
+# On tcgen05 accumulators lie in a memory of their own, and too many become a trap instead of an error: 100 runs what
+# its row says.
 CANDIDATES: dict[str, list[dict[str, int]]] = {
     kernel: {"gradient.split": _OF_ELEMENTS, "gradient.rows": _OF_BOTH}.get(kernel, _OF_PAIRS) for kernel in TABLE
 }

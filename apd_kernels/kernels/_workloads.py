@@ -12,7 +12,7 @@ from apd_kernels.kernels import contrastive, distance, losses, memory, mining, p
 from apd_kernels.kernels import weighting as weighted
 from apd_kernels.prepared import Operands
 
-BATCH, LARGE_BATCH, MEMORY = 64, 4096, 65536
+BATCH, MIDDLE_BATCH, LARGE_BATCH, MEMORY = 64, 1500, 4096, 65536
 
 
 class Features:
@@ -79,6 +79,7 @@ def _mined(of: Features) -> list[tuple[Tensor, Tensor | None, Operands, Pairing]
     large = of.rows(4 * BATCH)
     return [
         (x, None, Operands(), Pairing(labels)),
+        (of.rows(MIDDLE_BATCH), None, Operands(), Pairing(integers(MIDDLE_BATCH))),
         (of.rows(LARGE_BATCH), None, Operands(), Pairing(integers(LARGE_BATCH))),
         (x, of.rows(4 * BATCH), Operands(), Pairing(labels, integers(4 * BATCH))),
         (x, of.rows(4 * BATCH), Operands(), Pairing(labels, integers(4 * BATCH), own=labels)),

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from apd_kernels.kernels._launch import architecture, dot_precision, launch, row_stride, sets_of_rows
+from apd_kernels.kernels._launch import dot_precision, launch, row_stride, sets_of_rows
 from apd_kernels.kernels._split import (
     half_squared_distance,
     high_and_low,
@@ -30,25 +30,21 @@ from apd_kernels.kernels._split import (
     unscaled,
 )
 from apd_kernels.kernels._tiles import product
+from apd_kernels.kernels._tuning import separate_accumulators, tile
 from apd_kernels.kernels.prepared import (
-    GRADIENT_TILES,
     has_tma,
-    is_split,
     operands,
+    pays_to_split,
     prepare_rows,
     product_options,
     programs,
+    rows_kernel,
     tiles_of,
 )
 from apd_kernels.prepared import Operands
 
 METRIC_NUMBER = {"euclidean": 0, "sqeuclidean": 1, "cosine": 2, "dot": 3}
 
-# Stateless calls split float32 rows from this many multiply-adds on, which take 0.1 ms on an H100: below, the nine
-# launches cost more than the product. Estimates: no GPU has run them.
-SPLIT_PRODUCTS = 1 << 33
-# … and up to this many elements of x and y: their parts take as much memory again, 2 GB.
-SPLIT_ELEMENTS = 1 << 29
 GROUP = 8  # row tiles that walk the columns together, so that both operands are read from the L2 cache
 
 
@@ -202,14 +198,24 @@ def _prepared_distance(
                            D, one, METRIC, SELF, FORM, TMA, SEPARATE, BM, BN, BK, PART)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "M", "row_step", "column_step"])
+@triton.jit
+def weights_at(rows, columns, N, M, TRANSPOSED: tl.constexpr):
+    """Where the weights of rows and columns lie: row by row of N×M, or of M×N."""
+    if TRANSPOSED:
+        at = columns.to(tl.int64)[None, :] * N + rows[:, None]
+    else:
+        at = rows.to(tl.int64)[:, None] * M + columns[None, :]
+    return at
+
+
+@triton.jit(do_not_specialize=["N", "M"])
 def _gradient(
-    gradient, distance, x, y, out, N, M, D, row_step, column_step, x_stride, y_stride,
-    METRIC: tl.constexpr, SELF: tl.constexpr, PRECISION: tl.constexpr,
+    gradient, distance, x, y, out, N, M, D, x_stride, y_stride,
+    METRIC: tl.constexpr, SELF: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Rows of ∂x; element (i, j) of the N×M weights lies at i·row_step + j·column_step, so ∂y is the same with the
-    steps exchanged. SELF adds the transposed weights: x stands on both sides of the distance."""
+    """Rows of ∂x. SELF adds the transposed weights: x stands on both sides of the distance. TRANSPOSED: of ∂y, whose
+    weights are those of the M×N pairs with the sides exchanged."""
     s = tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     k = tl.program_id(1) * BD + tl.arange(0, BD)
@@ -225,7 +231,7 @@ def _gradient(
         columns = j0 + tl.arange(0, BN)
         column_mask = columns < M
         mask = row_mask[:, None] & column_mask[None, :]
-        at = rows.to(tl.int64)[:, None] * row_step + columns.to(tl.int64)[None, :] * column_step
+        at = weights_at(rows, columns, N, M, TRANSPOSED)
         w = tl.load(gradient + at, mask=mask, other=0.0)
         if SELF:
             w += tl.load(gradient + rows[:, None] + columns.to(tl.int64)[None, :] * M, mask=mask, other=0.0)
@@ -253,11 +259,10 @@ def _gradient(
     tl.store(out, result.to(out.dtype.element_ty), mask=element_mask)
 
 
-@triton.jit(do_not_specialize=["N", "M"])  # a step of 1 is known: along it weights are adjacent
+@triton.jit(do_not_specialize=["N", "M"])
 def _prepared_gradient(
-    gradient, distance, own, centre, other, other_root, other_largest, out, N, M, D, padded, row_step, column_step,
-    own_stride,
-    METRIC: tl.constexpr, SELF: tl.constexpr, TMA: tl.constexpr, SEPARATE: tl.constexpr,
+    gradient, distance, own, centre, other, other_root, other_largest, out, N, M, D, padded, own_stride,
+    METRIC: tl.constexpr, SELF: tl.constexpr, TRANSPOSED: tl.constexpr, TMA: tl.constexpr, SEPARATE: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """`_gradient` at float32 grade: own rows as they are, the other ones split."""
@@ -275,7 +280,7 @@ def _prepared_gradient(
         columns = j0 + tl.arange(0, BK)
         column_mask = columns < M
         mask = row_mask[:, None] & column_mask[None, :]
-        at = rows.to(tl.int64)[:, None] * row_step + columns.to(tl.int64)[None, :] * column_step
+        at = weights_at(rows, columns, N, M, TRANSPOSED)
         w = tl.load(gradient + at, mask=mask, other=0.0)
         if SELF:
             w += tl.load(gradient + rows[:, None] + columns.to(tl.int64)[None, :] * M, mask=mask, other=0.0)
@@ -319,31 +324,21 @@ def _prepared_gradient(
     tl.store(out + (s * N + rows)[:, None] * D + k[None, :], acc, mask=mask)
 
 
-def _splits(x: Tensor, y: Tensor | None, precision: str) -> bool:
-    """Whether a stateless call is worth splitting its rows."""
-    if not is_split(x, precision):
-        return False
-    sets, n, dimension = max(1, x.shape[:-2].numel()), x.shape[-2], x.shape[-1]
-    m = n if y is None else y.shape[-2]
-    elements = sets * (n if y is None else n + m) * dimension
-    return sets * n * m * dimension >= SPLIT_PRODUCTS and elements <= SPLIT_ELEMENTS
-
-
 def pairwise_distance(x: Tensor, y: Tensor | None, prepared: Operands, metric: str, precision: str) -> Tensor:
-    """Launch `_distance`, one program a 64×64 tile, or `_prepared_distance`."""
-    if prepared.parts is not None or _splits(x, y, precision):
+    """Launch `_distance`, one program a tile, or `_prepared_distance`."""
+    if prepared.parts is not None or pays_to_split(x, y, precision):
         return _of_prepared(x, y, prepared, metric, precision)
     a = sets_of_rows(x)
     b = a if y is None else sets_of_rows(y)
     sets, n, dimension = a.shape
     m = b.shape[1]
     out = torch.empty(*x.shape[:-1], m, dtype=torch.float32, device=x.device)
-    BM, BN, BK = 64, 64, 32
+    dots = dot_precision(x, precision)
+    options = tile(rows_kernel("distance", x, y, dots), x)
     launch(
-        _distance, (triton.cdiv(n, BM), triton.cdiv(m, BN), sets),
+        _distance, (triton.cdiv(n, options["BM"]), triton.cdiv(m, options["BN"]), sets),
         a, b, out, n, m, dimension, row_stride(a), row_stride(b), 1.0,
-        METRIC=METRIC_NUMBER[metric], SELF=y is None, PRECISION=dot_precision(x, precision),
-        BM=BM, BN=BN, BK=BK, num_warps=8, num_stages=3,
+        METRIC=METRIC_NUMBER[metric], SELF=y is None, PRECISION=dots, **options,
     )  # fmt: skip
     return out
 
@@ -354,7 +349,7 @@ def _of_prepared(x: Tensor, y: Tensor | None, prepared: Operands, metric: str, p
     if out.numel() == 0:
         return out
     a, b = operands(x, y, prepared, metric in ("euclidean", "sqeuclidean"), precision)
-    options = product_options(x, precision)
+    options = product_options("distance", x, precision)
     sets = a.parts.shape[0]
     row_tiles, column_tiles = triton.cdiv(n, options["BM"]), triton.cdiv(m, options["BN"])
     tiles = sets * (row_tiles * (row_tiles + 1) // 2 if y is None else row_tiles * column_tiles)
@@ -385,23 +380,22 @@ def pairwise_distance_backward(
     b = a if y is None else sets_of_rows(y)
     for_x = torch.empty(x.shape if needs_x else 0, dtype=x.dtype, device=x.device)
     for_y = torch.empty(0 if y is None or not needs_y else y.shape, dtype=x.dtype, device=x.device)
-    if _splits(x, y, precision):
+    if pays_to_split(x, y, precision):
         _split_backward(gradient, distance, a, b, for_x, for_y, metric, y is None)
         return for_x, for_y
     # The weights are float32 whatever the rows are.
     dots = dot_precision(gradient, "fp32" if x.dtype in (torch.float16, torch.bfloat16) else precision)
-    BM, BN, BD = 64, 32, 32
-    sides = [(a, b, for_x, b.shape[1], 1)] if needs_x else []
+    options = tile("gradient.rows", x)
+    sides = [(a, b, for_x, False)] if needs_x else []
     if y is not None and needs_y:
-        sides.append((b, a, for_y, 1, b.shape[1]))
-    for own, other, out, row_step, column_step in sides:
+        sides.append((b, a, for_y, True))
+    for own, other, out, transposed in sides:
         sets, n, dimension = own.shape
         launch(
-            _gradient, (triton.cdiv(n, BM), triton.cdiv(dimension, BD), sets),
-            gradient, distance, own, other, out, n, other.shape[1], dimension, row_step, column_step,
+            _gradient, (triton.cdiv(n, options["BM"]), triton.cdiv(dimension, options["BD"]), sets),
+            gradient, distance, own, other, out, n, other.shape[1], dimension,
             row_stride(own), row_stride(other),
-            METRIC=METRIC_NUMBER[metric], SELF=y is None, PRECISION=dots,
-            BM=BM, BN=BN, BD=BD, num_warps=8, num_stages=3,
+            METRIC=METRIC_NUMBER[metric], SELF=y is None, TRANSPOSED=transposed, PRECISION=dots, **options,
         )  # fmt: skip
     return for_x, for_y
 
@@ -411,11 +405,12 @@ def _split_backward(
 ) -> None:
     """Launch `_prepared_gradient` for each side whose gradient has elements."""
     euclidean = metric in ("euclidean", "sqeuclidean")
-    tile = next(tile for least, tile in GRADIENT_TILES.items() if architecture(a) >= least)
     # A descriptor would read the next set's rows as the last ones of this.
-    options = {"TMA": has_tma(a) and a.shape[0] == 1, **tile}
+    options = {
+        "TMA": has_tma(a) and a.shape[0] == 1, "SEPARATE": separate_accumulators(a), **tile("gradient.split", a)
+    }
     centre = None
-    for own, other, out, row_step, column_step in ((a, b, for_x, b.shape[1], 1), (b, a, for_y, 1, b.shape[1])):
+    for own, other, out, transposed in ((a, b, for_x, False), (b, a, for_y, True)):
         if out.numel() == 0:
             continue
         parts, _, centre, root, largest = prepare_rows(other, euclidean, "fp32", centre)
@@ -423,6 +418,6 @@ def _split_backward(
         launch(
             _prepared_gradient, (triton.cdiv(dimension, options["BD"]), triton.cdiv(n, options["BM"]), sets),
             gradient, distance, own, centre, tiles_of(parts, options["BK"], options["BD"], options), root, largest, out,
-            n, other.shape[1], dimension, parts.shape[-1] // 2, row_step, column_step, row_stride(own),
-            METRIC=METRIC_NUMBER[metric], SELF=self, **options,
+            n, other.shape[1], dimension, parts.shape[-1] // 2, row_stride(own),
+            METRIC=METRIC_NUMBER[metric], SELF=self, TRANSPOSED=transposed, **options,
         )  # fmt: skip

@@ -26,9 +26,9 @@ from apd_kernels.kernels._launch import dot_precision, launch, row_stride, sets_
 from apd_kernels.kernels._pairing import anchor_values, pair_masks, pairing_arguments
 from apd_kernels.kernels._split import column_key, in_units_of, split_product
 from apd_kernels.kernels._tiles import add_chosen, nan_as, product, row_distance
+from apd_kernels.kernels._tuning import tile
 from apd_kernels.kernels.distance import METRIC_NUMBER
-from apd_kernels.kernels.distance import _splits as pays_to_split
-from apd_kernels.kernels.prepared import PADDED, operands, product_options, tiles_of
+from apd_kernels.kernels.prepared import PADDED, operands, pays_to_split, product_options, rows_kernel, tiles_of
 from apd_kernels.prepared import Operands
 
 # Programs in flight that fill the largest GPUs twice (132 multiprocessors on an H100); also the most splits of one row.
@@ -385,7 +385,7 @@ def mine(
         own, others = operands(x, y, prepared, euclidean, precision)
         assert own.parts is not None
         assert others.parts is not None
-        options = {"PREPARED": True, **product_options(x, precision)}
+        options = {"PREPARED": True, **product_options("mine", x, precision)}
         if not pairing.of_labels_only():  # the other masks take registers: tiles of 128 would spill on sm_90
             options["BN"] = min(options["BN"], 64)
             options["BM"] = min(options["BM"], 64 if triangle else 128)
@@ -397,8 +397,9 @@ def mine(
         dimension = triton.cdiv(dimension, PADDED) * PADDED
         x_stride = y_stride = 0
     else:
-        options = {"PREPARED": False, "FORM": dot_precision(x, precision), "TMA": False, "SEPARATE": False}
-        options |= {"BM": 64, "BN": 32, "BK": 32, "num_warps": 8, "num_stages": 3}
+        form = dot_precision(x, precision)
+        kernel = "mine.rows" if triangle else rows_kernel("mine", x, y, form)
+        options = {"PREPARED": False, "FORM": form, "TMA": False, "SEPARATE": False, **tile(kernel, x)}
     BM, BN = options["BM"], options["BN"]
     row_tiles, column_tiles = triton.cdiv(n, BM), triton.cdiv(m, BN)
     if triangle:

@@ -19,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from apd_kernels.kernels._launch import architecture, launch, row_stride, sets_of_rows
+from apd_kernels.kernels._launch import launch, row_stride, sets_of_rows
 from apd_kernels.kernels._split import high_and_low, power_of_four
+from apd_kernels.kernels._tuning import has_descriptors, separate_accumulators, tile
 from apd_kernels.prepared import Operands
 
 # Rows that the mean is estimated from. Any common vector may be subtracted; a good one is near the mean.
@@ -28,6 +29,11 @@ SAMPLED_ROWS = 1024
 # The mean is subtracted where its square times this is more than the mean square. After a ReLU it is a third, and
 # centring took a decade off the error on an H100.
 WORTH_CENTRING = 8
+# Stateless calls split float32 rows from this many multiply-adds on, which take 0.1 ms on an H100: below, the nine
+# launches cost more than the product. Estimates: no GPU has run them.
+LARGE_PRODUCTS = 1 << 33
+# … and up to this many elements of x and y: their parts take as much memory again, 2 GB.
+SPLIT_ELEMENTS = 1 << 29
 # Prepared rows are padded with zeros to a multiple: whole chunks of every tile, and rows that TMA can address.
 PADDED = 64
 
@@ -155,37 +161,37 @@ def _mean_row(rows: Tensor) -> Tensor:
     return torch.where((WORTH_CENTRING * torch.linalg.vecdot(mean, mean) > squares)[:, None], mean, 0)
 
 
-# Of `split_product` by compute capability; the first that the device reaches. H100: 157 TFLOP/s (cuBLAS float32: 50).
-SPLIT_TILES: dict[int, dict[str, Any]] = {
-    100: {"SEPARATE": True, "BM": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 3},
-    90: {"SEPARATE": False, "BM": 128, "BN": 128, "BK": 32, "num_warps": 8, "num_stages": 4},
-    80: {"SEPARATE": False, "BM": 128, "BN": 128, "BK": 32, "num_warps": 8, "num_stages": 2},
-    0: {"SEPARATE": False, "BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2},  # 64 KB on gfx942
-}
-PLAIN_TILES: dict[int, dict[str, Any]] = {
-    90: {"SEPARATE": False, "BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
-    0: {"SEPARATE": False, "BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 3},
-}
-# Of the gradient: BM rows, BD of their elements, BK weights of a row at a time. sm_90: 128 × 128 tiles spill.
-GRADIENT_TILES: dict[int, dict[str, Any]] = {
-    100: {"SEPARATE": True, "BM": 64, "BD": 64, "BK": 32, "num_warps": 4, "num_stages": 3},
-    90: {"SEPARATE": False, "BM": 64, "BD": 128, "BK": 32, "num_warps": 8, "num_stages": 3},
-    0: {"SEPARATE": False, "BM": 64, "BD": 128, "BK": 32, "num_warps": 8, "num_stages": 2},
-}
+def pays_to_split(x: Tensor, y: Tensor | None, precision: str) -> bool:
+    """Whether a stateless call is worth splitting its rows."""
+    if not is_split(x, precision):
+        return False
+    n, m = x.shape[-2], (x if y is None else y).shape[-2]
+    elements = max(1, x.shape[:-2].numel()) * (n if y is None else n + m) * x.shape[-1]
+    return is_large(x, y) and elements <= SPLIT_ELEMENTS
 
 
-def product_options(x: Tensor, precision: str) -> dict[str, Any]:
+def is_large(x: Tensor, y: Tensor | None) -> bool:
+    """Whether products of all rows take longer than a few launches."""
+    columns = (x if y is None else y).shape[-2]
+    return max(1, x.shape[:-2].numel()) * x.shape[-2] * columns * x.shape[-1] >= LARGE_PRODUCTS
+
+
+def rows_kernel(kernel: str, x: Tensor, y: Tensor | None, dots: str) -> str:
+    """The table's row for rows as they come: large problems want wide tiles, for which three products have no room."""
+    return f"{kernel}.wide" if is_large(x, y) and dots != "tf32x3" else f"{kernel}.rows"
+
+
+def product_options(kernel: str, x: Tensor, precision: str) -> dict[str, Any]:
     """Constants and options of a kernel that calls `split_product` for rows like `x`."""
-    capability = architecture(x)
-    table = SPLIT_TILES if is_split(x, precision) else PLAIN_TILES
-    tile = next(tile for least, tile in table.items() if capability >= least)
-    form = "split" if is_split(x, precision) else "tf32" if x.dtype == torch.float32 and precision == "tf32" else "ieee"
-    return {"FORM": form, "TMA": has_tma(x), **tile}
+    split = is_split(x, precision)
+    form = "split" if split else "tf32" if x.dtype == torch.float32 and precision == "tf32" else "ieee"
+    options = tile(f"{kernel}.split" if split else f"{kernel}.plain", x)
+    return {"FORM": form, "TMA": has_tma(x), "SEPARATE": separate_accumulators(x), **options}
 
 
 def has_tma(x: Tensor) -> bool:
-    """Whether tiles are loaded by descriptors. In older GPUs they become plain loads that spill."""
-    return architecture(x) >= 90
+    """Whether tiles are loaded by descriptors."""
+    return has_descriptors(x)
 
 
 def tiles_of(parts: Tensor, rows: int, columns: int, options: dict[str, Any]) -> Tensor | TensorDescriptor:
