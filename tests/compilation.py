@@ -46,6 +46,23 @@ def compile_launches(case: str, architecture: int) -> list[Compiled]:
     return [_compile(launch, architecture) for launch in _recorded(case, architecture)]
 
 
+def compile_for_gfx942(case: str) -> dict[str, tuple[int, int]]:
+    """Vector registers spilled and matrix instructions of each kernel of a case, compiled for an AMD GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    found = {}
+    for launch in _recorded(case, 0):
+        signature, constexprs, attributes, options = _specialisation(launch)
+        source = ASTSource(launch.kernel, signature, constexprs, attributes)
+        compiled = triton.compile(source, target=GPUTarget("hip", "gfx942", 64), options=options)
+        code = compiled.asm["amdgcn"]
+        (spilled,) = re.findall(r"\.vgpr_spill_count:\s+(\d+)", code)
+        found[launch.kernel.__name__] = int(spilled), code.count("v_mfma")
+    return found
+
+
 def specialisations(case: str, architecture: int) -> dict[str, int]:
     """How many different binaries of each kernel the launches of ``<module>:<function>`` need."""
     keys: dict[str, set[str]] = {}

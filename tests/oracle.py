@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 METRICS = ("euclidean", "sqeuclidean", "cosine", "dot")
 
@@ -84,6 +87,14 @@ def features(
     centres = torch.randn(identities, shape[-1], generator=generator, dtype=torch.float64)
     noise = torch.randn(shape, generator=generator, dtype=torch.float64)
     return (centres[labels] + 0.5 * noise).to(dtype), labels
+
+
+def peak_memory(work: Callable[[], object]) -> int:
+    """Bytes that PyTorch's allocator on the CPU held at most during `work`, above what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 def leaf(x: Tensor, device: str = "cpu", dtype: torch.dtype | None = None) -> Tensor:

@@ -526,3 +526,17 @@ def prepared_distance_over_sizes() -> None:
     kept = prepared.prepare_rows(_rows(65536, 2048), True, "fp32")
     for n in range(1, 301):
         distance.pairwise_distance(_rows(n, 2048), _rows(65536, 2048), kept, "euclidean", "fp32")
+
+
+ON_AMD = [
+    distance_fp32,
+    distance_split,
+    distance_gradient,
+    paired,
+    triplet_batch,
+    mining_of_kept_rows,
+    mining_in_large_batch,
+    pair_gradient_by_sorting,
+    contrastive_losses,
+]
+"""Compiled for AMD, too."""

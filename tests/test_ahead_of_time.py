@@ -61,6 +61,16 @@ def test_compiles_for_blackwell(compiler: ProcessPoolExecutor, case: object) -> 
     assert all(launch.matrix_instructions for launch in launches if launch.kernel.startswith("_prepared"))
 
 
+@pytest.mark.parametrize("case", production.ON_AMD, ids=lambda case: case.__name__)
+def test_compiles_for_amd(compiler: ProcessPoolExecutor, case: object) -> None:
+    """gfx942, with the conservative tiles: compiles, not run."""
+    for kernel, (spilled, matrix_instructions) in (
+        compiler.submit(compilation.compile_for_gfx942, f"production:{case.__name__}").result().items()
+    ):
+        assert spilled == 0, kernel
+        assert matrix_instructions > 0 or kernel not in production.MATRIX_KERNELS, kernel
+
+
 @pytest.mark.parametrize("case", production.OVER_SIZES, ids=lambda case: case.__name__)
 def test_one_binary_for_all_batch_sizes(compiler: ProcessPoolExecutor, case: object) -> None:
     """Batch sizes 1 to 300 run the same binary of every kernel: a new size never compiles."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,31 @@ def test_update_is_the_sequential_one(backend: Backend, dtype: torch.dtype, kind
         assert_close(memory.centroids, expected[0], tolerance(dtype) / 2)
         assert torch.equal(memory.valid.cpu(), expected[1])
         expected = memory.centroids.cpu().clone(), expected[1]
+
+
+def test_200_random_updates() -> None:
+    """Sizes, momenta, dtypes and labels by seed, on the PyTorch path bit for bit; the ring with every batch besides."""
+    for seed in range(200):
+        choose = random.Random(seed)
+        identities, dimension, n = choose.randint(1, 12), choose.randint(1, 40), choose.randint(0, 60)
+        dtype, momentum = choose.choice((torch.float32, torch.float64)), choose.random()
+        generator = torch.Generator().manual_seed(seed)
+        memory = ClusterMemory(identities, dimension, momentum=momentum, dtype=dtype)
+        ring, given = CrossBatchMemory(choose.randint(1, 50), dimension, dtype=dtype), []
+        expected = memory.centroids.clone(), memory.valid.clone()
+        for _ in range(2):
+            x = torch.randn(n, dimension, generator=generator, dtype=dtype)
+            labels = torch.randint(-1, identities + 1, (n,), generator=generator)
+            expected = sequential(*expected, x, labels, momentum)
+            memory.update(x, labels)
+            assert torch.equal(memory.centroids, expected[0]), seed
+            assert torch.equal(memory.valid, expected[1]), seed
+            ring.enqueue(x, labels)
+            given.append((x, labels))
+        slots, _ = queue(len(ring.labels), given)
+        for slot, (row, label) in slots.items():
+            assert torch.equal(ring.features[slot], row), seed
+            assert ring.labels[slot] == label, seed
 
 
 def test_many_samples(backend: Backend) -> None:

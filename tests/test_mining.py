@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import Backend
-from oracle import METRICS, assert_close, distances, features, leaf, masks, pairing_options, tolerance
+from oracle import METRICS, assert_close, distances, features, leaf, masks, pairing_options, peak_memory, tolerance
 from torch import Tensor
 
-from apd_kernels import HardPairs, batch_hard, prepare_rows
+from apd_kernels import HardPairs, batch_hard, prepare_rows, triplet_loss, use_backend
 
 
 def best(d: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,6 +216,19 @@ def test_large_memory_in_blocks(backend: Backend, monkeypatch: pytest.MonkeyPatc
     check(mined, x, labels, y, y_labels, "euclidean", 1e-5)
 
 
+def test_memory_is_bounded() -> None:
+    """No matrix: 3000 anchors against 100,000 rows, 1.2 GB of distances, take 10 MB, forward and backward."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(3000, 4, generator=generator), torch.randn(100_000, 4, generator=generator)
+    labels, y_labels = torch.arange(3000), torch.arange(100_000) % 3000
+
+    def step() -> None:
+        triplet_loss(x.requires_grad_(), labels, y, y_labels).backward()
+
+    with use_backend("torch"):
+        assert peak_memory(step) < 16e6
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_gradcheck(metric: str) -> None:
     x, labels = features(9, 5)
@@ -406,7 +419,6 @@ def test_many_anchors_by_sorting(backend: Backend, monkeypatch: pytest.MonkeyPat
 def test_split_rows(metric: str, tma: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of float16 parts, through pointers and descriptors: winners, in all tiles and above the diagonal."""
     mining = pytest.importorskip("apd_kernels.kernels.mining")
-    from apd_kernels import use_backend
     from apd_kernels._core.backend import INTERPRETED
 
     device = "cpu" if INTERPRETED else "cuda"
@@ -435,7 +447,6 @@ def test_split_rows(metric: str, tma: bool, monkeypatch: pytest.MonkeyPatch) -> 
 def test_tiles_above_the_diagonal(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows against themselves by half of the tiles find what all tiles find."""
     backend = pytest.importorskip("apd_kernels.kernels.mining")
-    from apd_kernels import use_backend
     from apd_kernels._core.backend import INTERPRETED
 
     device = "cpu" if INTERPRETED else "cuda"

@@ -1,7 +1,7 @@
 """The table of tiles: which sizes a kernel runs with on which GPU, and what speaks for them.
 
 A row holds for one family of GPUs. Others, AMD's among them, take the conservative row: no descriptors, little shared
-memory, and each dot its own accumulator or the exact form. `apd_kernels.autotune` measures other rows on the machine
+memory (gfx942: compiles, not run). `apd_kernels.autotune` measures other rows on the machine
 itself and keeps them in a file; whoever has not called it runs this table.
 """
 

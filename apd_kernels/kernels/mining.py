@@ -390,10 +390,11 @@ def mine(
             options["BN"] = min(options["BN"], 64)
             options["BM"] = min(options["BM"], 64 if triangle else 128)
         a = tiles_of(own.parts, options["BM"], options["BK"], options)
-        b = tiles_of(others.parts, options["BN"], options["BK"], options)
+        b = tiles_of(others.parts, options["BM" if triangle else "BN"], options["BK"], options)
         half, root, y_half, y_root = own.half, own.root, others.half, others.root
-        if own.largest is not None and others.largest is not None:
-            largest = others.largest if y is None else torch.maximum(own.largest, others.largest)
+        largest = others.largest
+        if euclidean and y is not None and own.largest is not None and largest is not None:
+            largest = torch.maximum(own.largest, largest)  # half squares of both sides are in its unit
         dimension = triton.cdiv(dimension, PADDED) * PADDED
         x_stride = y_stride = 0
     else:
