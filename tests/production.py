@@ -184,8 +184,8 @@ def large_problems_of_rows() -> None:
         x, y = _rows(512, 2048, dtype=dtype), _rows(65536, 2048, dtype=dtype)
         valid = torch.empty(65536, dtype=torch.bool, device="meta")
         distance.pairwise_distance(x, y, Operands(), "euclidean", precision)
-        for y_valid in (None, valid):
-            pairing = Pairing(_indices(512), _indices(65536), own=_indices(512), y_valid=y_valid)
+        for own, y_valid in ((None, None), (_indices(512), valid)):
+            pairing = Pairing(_indices(512), _indices(65536), own=own, y_valid=y_valid)
             mining.batch_hard(x, y, Operands(), pairing, "euclidean", precision)
 
 

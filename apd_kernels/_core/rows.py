@@ -19,12 +19,18 @@ def unit_rows(x: Tensor) -> Tensor:
     Dividing by the largest magnitude first keeps the squares in range. That scale is a constant to autograd, exactly:
     the result does not depend on it.
     """
-    x = x.to(internal_dtype(x))
-    largest = x.detach().abs().amax(-1, keepdim=True)
-    scaled = x / torch.where(largest > 0, largest, 1)
-    norm = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)  # at least 1, except for a zero row
+    scaled, _, norm = scaled_rows(x.to(internal_dtype(x)))
     length = torch.where(norm == 0, float("inf"), norm)
     return scaled / length if scaled.requires_grad else scaled.div_(length)
+
+
+def scaled_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x divided by the largest magnitude of each row, that magnitude (1 for a zero row), and the norm of the quotient:
+    at least 1, except for a zero row. Their product is the row's norm, whose square need not be in range."""
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    largest = torch.where(largest > 0, largest, 1)
+    scaled = x / largest
+    return scaled, largest, torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
 
 
 def per_difference(slope: Tensor, distance: Tensor, metric: str = "euclidean") -> Tensor:

@@ -1,8 +1,8 @@
 """The table of tiles: which sizes a kernel runs with on which GPU, and what speaks for them.
 
-A row holds for one family of GPUs. Others, AMD's among them, take the conservative row: no descriptors, little shared
-memory (gfx942: compiles, not run). `apd_kernels.autotune` measures other rows on the machine
-itself and keeps them in a file; whoever has not called it runs this table.
+A row holds for one family of GPUs. Others, AMD's among them (gfx942: compiles, not run), take the conservative row: no
+descriptors, little shared memory. `apd_kernels.autotune` measures other rows on the machine itself and keeps them in a
+file; whoever has not called it runs this table.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ TABLE: dict[str, dict[int, Tile]] = {
         90: _tile("estimate; BK=64 spills", BM=128, BN=128, BK=32, num_warps=8, num_stages=4),
     },
     "gradient.rows": {
-        CONSERVATIVE: _tile("estimate: as distance.rows", BM=64, BN=32, BD=32, num_warps=8, num_stages=3),
+        CONSERVATIVE: _tile("estimate; 8 warps spill on sm_80", BM=64, BN=32, BD=32, num_warps=4, num_stages=3),
     },
     "mine.rows": {
         CONSERVATIVE: _tile("estimate: narrow, to fill the GPU", BM=64, BN=32, BK=32, num_warps=8, num_stages=3),

@@ -401,6 +401,8 @@ def mine(
         form = dot_precision(x, precision)
         kernel = "mine.rows" if triangle else rows_kernel("mine", x, y, form)
         options = {"PREPARED": False, "FORM": form, "TMA": False, "SEPARATE": False, **tile(kernel, x)}
+        if not pairing.of_labels_only():
+            options["BN"] = min(options["BN"], 64)
     BM, BN = options["BM"], options["BN"]
     row_tiles, column_tiles = triton.cdiv(n, BM), triton.cdiv(m, BN)
     if triangle:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from apd_kernels._core.operators import internal_dtype
-from apd_kernels._core.rows import per_difference, row_blocks, unit_rows
+from apd_kernels._core.rows import per_difference, row_blocks, scaled_rows, unit_rows
 from apd_kernels.reference.mining import row_distance
 
 
@@ -36,10 +36,10 @@ def paired_distance_backward(
             if metric == "dot":
                 change = -g * other
             elif metric == "cosine":
-                unit, length = unit_rows(own), torch.linalg.vector_norm(own, dim=-1, keepdim=True)
-                zero = (length == 0) | (other == 0).all(-1, keepdim=True)
-                # Both factors of a row of norm 1e-30 are in range, their product need not be.
-                change = (g * (unit - unit_rows(other) - d * unit)).masked_fill(zero, 0) / length.masked_fill(zero, 1)
+                scaled, largest, norm = scaled_rows(own)
+                zero = (norm == 0) | (other == 0).all(-1, keepdim=True)
+                unit = scaled / norm
+                change = (g * (unit - unit_rows(other) - d * unit) / norm / largest).masked_fill_(zero, 0)
             else:
                 change = per_difference(g, d, metric) * (own - other)
             result[..., block, :] = change
