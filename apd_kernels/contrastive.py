@@ -127,8 +127,8 @@ def supervised_contrastive_loss(
 
 def _check_above_zero(name: str, value: float) -> None:
     check_number(name, value)
-    if value == 0:
-        raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+    if value < 1e-30:  # its inverse is to be in the range of float32, too
+        raise ValueError(f"{name}: expected a finite number above 0, of at least 1e-30, got {value}")
 
 
 def _loss(

@@ -150,7 +150,7 @@ def _mean_term(positive: Tensor, negative: Tensor, valid: Tensor, margin: float 
     """The mean over valid anchors of φ(±(d_p − d_n))."""
     gap = negative - positive if reverse else positive - negative
     gap = torch.where(valid, gap, 0)  # not in the result, but 0 · NaN would be in the gradient
-    term = F.softplus(gap, threshold=40) if margin is None else (gap + margin).clamp(min=0)
+    term = F.softplus(gap, threshold=40) if margin is None else (gap + margin).relu()
     return torch.where(valid, term, 0).sum(-1) / valid.sum(-1).clamp(min=1)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class Operands(NamedTuple):
 
 
 class PreparedRows:
-    """Rows as products with them are taken: see `prepare_rows`. It does not follow later changes of the rows.
+    """Rows as products with them are taken: see `prepare_rows`.
 
     >>> import torch
     >>> kept = prepare_rows(torch.ones(5, 2), metric="dot", precision="fp32")
@@ -49,6 +49,7 @@ class PreparedRows:
         self.metric = metric  # "euclidean" (also for squares), "cosine" or "dot"
         self.precision = precision
         self.backend = backend
+        self._version = None if rows.is_inference() else rows._version
 
     @property
     def shape(self) -> torch.Size:
@@ -66,6 +67,11 @@ class PreparedRows:
         storages.pop(self.rows.untyped_storage().data_ptr(), None)
         return sum(storages.values())
 
+    def check_unchanged(self, name: str) -> None:
+        """The rows may be the caller's memory: what was made of them would not be theirs any more."""
+        if self._version is not None and not torch.compiler.is_compiling() and self.rows._version != self._version:
+            raise RuntimeError(f"{name}: its rows were changed in place after prepare_rows; prepare them again")
+
     def __repr__(self) -> str:
         return (
             f"PreparedRows(shape={tuple(self.shape)}, metric={self.metric!r}, precision={self.precision!r}, "
@@ -78,7 +84,8 @@ def prepare_rows(y: Tensor, *, metric: str = "euclidean", precision: str | None 
 
     `pairwise_distance`, `batch_hard` and `triplet_loss` otherwise make them anew in each call. The copies take as much
     memory as the rows in float32 (half of it for ``"bf16"``; nothing but norms for half-precision rows on a GPU).
-    They are constants: no gradient reaches `y`, and changes of `y` are not seen.
+    They are constants: no gradient reaches `y`. The rows themselves are not copied (but for ``"cosine"``), and using
+    them after an in-place change is an error. Call it outside of functions that `torch.compile` compiles.
 
     Args:
         y: rows, shape (M, D) or (S, M, D); float16, bfloat16, float32 or float64.
@@ -126,6 +133,7 @@ def checked_operands(
         if metric == "cosine":
             x, y = unit_rows(x), None if y is None else unit_rows(y)
         return x, y, Operands(), resolve_precision(precision), backend
+    y.check_unchanged("y")
     if y.dtype != x.dtype:
         raise TypeError(f"y: expected {x.dtype} as x, got {y.dtype} that were prepared")
     if y.device != x.device:
@@ -146,8 +154,3 @@ def checked_operands(
 
 def _kind(metric: str) -> str:
     return "euclidean" if metric == "sqeuclidean" else metric
-
-
-def rows_of(y: Any) -> Any:
-    """y itself, or the rows that were prepared."""
-    return y.rows if isinstance(y, PreparedRows) else y

@@ -40,8 +40,9 @@ def warmup(
 ) -> dict[str, float]:
     """Compile what operations launch for features of one dimension, forward and backward, for any batch size.
 
-    Nothing runs and no memory is taken. Triton keeps what it compiled in its own cache on disk, so the seconds are
-    spent once a machine. Compile before a CUDA graph is captured: capturing cannot.
+    Compiled are the routes of one feature set with int64 labels, without domains. Nothing runs and no memory is taken.
+    Triton keeps what it compiled in its own cache on disk, so the seconds are spent once a machine. Compile before a
+    CUDA graph is captured: capturing cannot.
 
     Args:
         operations: names out of `apd_kernels.tuning.OPERATIONS`; ``"memories"`` are the updates of `CrossBatchMemory`
@@ -133,7 +134,7 @@ def autotune(
         for kernel in kernels or _tuning.TABLE:
             work = work_of(kernel, dimension)
             x = torch.empty(0, device="cuda")
-            others = [] if _tuning.separate_accumulators(x) else _tuning.CANDIDATES[kernel]
+            others = [] if _tuning.family(x) == 100 else _tuning.CANDIDATES[kernel]
             tiles[kernel], milliseconds = fastest(kernel, [_tuning.tile(kernel, x), *others], work, _milliseconds)
             if verbose:
                 print(f"{kernel}: {tiles[kernel]} {milliseconds[0]:.3f} ms, before {milliseconds[1]:.3f} ms")
@@ -172,12 +173,18 @@ def work_of(
     precision = "tf32" if form in ("plain", "wide") else "fp32"
     if operation == "mine":
         n, m = small // 4, small if form == "rows" else 2 * large
+    elif operation == "triangle":
+        n = m = small if form == "rows" else large // 2
     else:
         n = m = small if form == "rows" else large
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(n, dimension, device=device, generator=generator, requires_grad=operation == "gradient")
     y = torch.randn(m, dimension, device=device, generator=generator)
-    others = prepare_rows(y, precision=precision) if form in ("split", "plain") and operation != "gradient" else y
+    others = (
+        prepare_rows(y, precision=precision) if form in ("split", "plain") and operation in ("mine", "distance") else y
+    )
+    if operation == "triangle":
+        return lambda: batch_hard(x, torch.arange(n, device=device) // 4, precision=precision)
     if operation == "mine":
         labels, y_labels = (torch.arange(rows, device=device) // 4 for rows in (n, m))
         return lambda: batch_hard(x, labels, others, y_labels, precision=precision)

@@ -190,6 +190,13 @@ def large_problems_of_rows() -> None:
 
 
 @case
+def split_dot_products() -> None:
+    x, y = _rows(4096, 2048), _rows(8192, 2048)
+    distance.pairwise_distance(x, y, Operands(), "dot", "fp32")
+    mining.batch_hard(x, y, Operands(), Pairing(_indices(4096), _indices(8192)), "dot", "fp32")
+
+
+@case
 def mining_in_large_batch() -> None:
     for precision in ("fp32", "tf32"):
         mining.batch_hard(_rows(4096, 2048), None, Operands(), Pairing(_indices(4096)), "euclidean", precision)

@@ -45,11 +45,10 @@ def test_budget(compiler: ProcessPoolExecutor, case: object, architecture: int) 
 def test_chunks_are_promoted(compiler: ProcessPoolExecutor, architecture: int) -> None:
     """Split products multiply-add their chunks into registers: an element of the accumulator takes one operation there
     and one that adds the small products. A compiler that accumulates in the tensor core leaves only the second."""
-    launches = _compiled(compiler, production.distance_split, architecture)
-    launches = [launch for launch in launches if launch.kernel == "_prepared_distance"]
-    assert launches
-    for launch in launches:
-        assert launch.float_operations >= 2 * launch.tile, launch
+    launches = _compiled(compiler, production.split_dot_products, architecture)
+    operations = {launch.kernel: launch.float_operations / launch.tile for launch in launches if launch.tile}
+    assert operations["_prepared_distance"] >= 2
+    assert operations["_mine"] >= 3  # and one for the key
 
 
 @pytest.mark.parametrize("case", production.CASES, ids=lambda case: case.__name__)

@@ -591,13 +591,13 @@ def test_bad_input(loss: Loss, change: dict[str, Any], error: type[Exception], m
     [
         (lambda: circle_loss(X, LABELS, margin=-0.1), ValueError, r"margin: expected a finite number of at least 0"),
         (lambda: circle_loss(X, LABELS, margin=None), TypeError, r"margin: expected a number, got NoneType"),
-        (lambda: circle_loss(X, LABELS, gamma=0.0), ValueError, r"gamma: expected a finite number above 0, got 0"),
+        (lambda: circle_loss(X, LABELS, gamma=0.0), ValueError, r"gamma: expected a finite number above 0, .*got 0"),
         (lambda: circle_loss(X, LABELS, gamma=-1.0), ValueError, r"gamma: expected a finite number"),
         (lambda: circle_loss(X, LABELS, gamma=float("inf")), ValueError, r"gamma: expected a finite number"),
         (
             lambda: supervised_contrastive_loss(X, LABELS, temperature=0),
             ValueError,
-            r"temperature: expected a finite number above 0, got 0",
+            r"temperature: expected a finite number above 0, .*got 0",
         ),
         (
             lambda: supervised_contrastive_loss(X, LABELS, temperature=float("nan")),

@@ -103,7 +103,7 @@ def test_triplet_shares_one_mining(backend: Backend) -> None:
     assert_close(a.grad, b.grad, 1e-5)
 
 
-def test_triplet_index_beyond_the_rows(backend: Backend) -> None:
+def test_triplet_index_beyond_the_rows(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is an error, or it shows; it never reads other memory."""
     x, labels = features(8, 6, dtype=torch.float32)
     x, labels = x.to(backend.device), labels.to(backend.device)
@@ -120,6 +120,12 @@ def test_triplet_index_beyond_the_rows(backend: Backend) -> None:
     loss.backward()
     assert loss.isnan()
     assert a.grad[3].isnan().all()
+    # Many anchors, all of them: whole slabs of sorted winners that are no rows.
+    monkeypatch.setattr("apd_kernels.kernels.mining.SCANNED_ANCHORS", 2)
+    monkeypatch.setattr("apd_kernels.kernels.mining.SLAB", 8)
+    a = leaf(x, backend.device)
+    triplet_loss(a, labels, indices=(index * 0 + 10**6, index * 0 + 10**6)).backward()
+    assert a.grad.isnan().all()
 
 
 def test_triplet_sets(backend: Backend) -> None:

@@ -216,6 +216,106 @@ def test_large_memory_in_blocks(backend: Backend, monkeypatch: pytest.MonkeyPatc
     check(mined, x, labels, y, y_labels, "euclidean", 1e-5)
 
 
+MIXED = {
+    "one long row": lambda x: x.index_put((torch.tensor([0]),), x[0] * 1e6),
+    "a third far away": lambda x: torch.where(torch.arange(len(x))[:, None] % 3 == 0, x + 1e4, x),
+    "an offset, and a short row": lambda x: (x + 100).index_put((torch.tensor([1]),), x[1] * 1e-3),
+}
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_rows_of_mixed_size(backend: Backend, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long rows, a mean that is long because of them, an offset: short rows keep their digits among themselves."""
+    if backend.interpreted:
+        monkeypatch.setattr("apd_kernels.kernels.prepared.LARGE_PRODUCTS", 0)
+    x, labels = features(40, 20, dtype=torch.float32, identities=8)
+    x = MIXED[kind](x)
+    mined = batch_hard(x.to(backend.device), labels.to(backend.device))
+    d = distances(x, x, "euclidean")
+    positive, negative = masks(labels)
+    norms = x.double().norm(dim=1)
+    for index, ours, expected in (
+        (mined.indices.positive, mined.distances.positive, d.masked_fill(~positive, -torch.inf).amax(1)),
+        (mined.indices.negative, mined.distances.negative, d.masked_fill(~negative, torch.inf).amin(1)),
+    ):
+        # d² is known to c·2⁻²⁴ (‖x‖ + ‖y‖)², with the longer of the rows that compete.
+        exists = index.cpu() >= 0
+        reach = norms + torch.maximum(norms[index.cpu()], norms.median())
+        error = (ours.cpu().double() ** 2 - expected**2).abs()[exists]
+        assert (error <= 32 * 2**-24 * reach[exists] ** 2).all()
+
+
+def test_stale_rows_of_a_memory_do_no_harm(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots that are not valid may hold anything finite, too: 1e9 in a quarter of them."""
+    for large in (1 << 33, 0):
+        if large == 0 and not backend.interpreted:
+            continue
+        if large == 0:
+            monkeypatch.setattr("apd_kernels.kernels.prepared.LARGE_PRODUCTS", 0)
+        x, labels = features(9, 16, dtype=torch.float32, identities=3)
+        y, y_labels = features(80, 16, dtype=torch.float32, seed=1, identities=3)
+        valid = torch.arange(80) >= 20
+        y[~valid] = 1e9
+        mined = batch_hard(*(t.to(backend.device) for t in (x, labels, y, y_labels)), y_valid=valid.to(backend.device))
+        check(mined, x, labels, y, y_labels, "euclidean", 1e-5, y_valid=valid)
+
+
+def test_rows_that_change_are_prepared_again(backend: Backend) -> None:
+    bank = torch.randn(5, 3, generator=torch.manual_seed(0)).to(backend.device)
+    kept = prepare_rows(bank)
+    labels = torch.arange(5, device=backend.device)
+    assert batch_hard(bank + 1, labels, kept, labels).valid.all()
+    bank[0] = 7
+    with pytest.raises(RuntimeError, match="y: its rows were changed in place after prepare_rows"):
+        batch_hard(bank + 1, labels, kept, labels)
+
+
+def test_short_anchors_of_dot_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the tiles above the diagonal: an anchor's scale beside a far longer row must not flush its keys to 0."""
+    mining = pytest.importorskip("apd_kernels.kernels.mining")
+    monkeypatch.setattr("apd_kernels.kernels.prepared.LARGE_PRODUCTS", 0)
+    monkeypatch.setattr(mining, "TRIANGLE_ROWS", (1, 16384))
+    x, labels = features(40, 20, dtype=torch.float32, identities=8)
+    x *= 1e-8
+    x[3] *= 1e26
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with use_backend("triton"):
+        mined = batch_hard(x.to(device), labels.to(device), metric="dot")
+    d = distances(x, x, "dot")
+    _, negative = masks(labels)
+    short = torch.arange(40) != 3
+    chosen = d.gather(1, mined.indices.negative.cpu()[:, None])[:, 0]
+    best_negative = d.masked_fill(~negative, torch.inf).amin(1)
+    assert_close(chosen[short], best_negative[short], 1e-6)
+
+
+def test_no_grid_is_too_long() -> None:
+    """CUDA allows 65,535 programs on every axis but the first: 10⁷ rows, on either side."""
+    pytest.importorskip("triton")
+    from apd_kernels._core.pairing import Pairing
+    from apd_kernels.kernels import contrastive, distance, mining, paired, weighting
+    from apd_kernels.kernels._launch import recording
+    from apd_kernels.prepared import Operands
+
+    many, few, nothing = torch.empty(10**7, 8, device="meta"), torch.empty(8, 8, device="meta"), Operands()
+    of_many, of_few = (torch.empty(len(rows), dtype=torch.int64, device="meta") for rows in (many, few))
+    saved = [torch.empty(8, device="meta")] * 6
+    with recording(90) as launches:
+        for x, y in ((few, many), (many, few)):
+            for precision in ("fp32", "tf32"):
+                distance.pairwise_distance(x, y, nothing, "euclidean", precision)
+                pairs = torch.empty(len(x), len(y), device="meta")
+                distance.pairwise_distance_backward(pairs, pairs, x, y, "euclidean", precision, True, True)
+        pairing = Pairing(of_few, of_many)
+        mining.batch_hard(few, many, nothing, pairing, "euclidean", "fp32")
+        mining.pair_gradient(few, many, *saved[:2], of_few, of_few, None, "euclidean", True, True)
+        contrastive.contrastive_loss(few, many, nothing, pairing, "circle", 10.0, 0.2, "fp32", True, True)
+        weighting.weighted_pairs(few, many, nothing, pairing, "euclidean", "fp32")
+        weighting.weighted_pairs_backward(*saved, few, many, nothing, pairing, "euclidean", "fp32", True, True)
+        paired.paired_distance(many, many, "euclidean")
+    assert all(max(launch.grid[1:], default=0) <= 65535 for launch in launches)
+
+
 def test_memory_is_bounded() -> None:
     """No matrix: 3000 anchors against 100,000 rows, 1.2 GB of distances, take 10 MB, forward and backward."""
     generator = torch.Generator().manual_seed(0)

@@ -33,7 +33,8 @@ def test_every_row_says_why() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "family"), [(75, 0), (80, 80), (86, 0), (89, 0), (90, 90), (100, 100), (103, 100), (120, 0), (0, 0)]
+    ("capability", "family"),
+    [(75, 0), (80, 80), (86, 0), (89, 0), (90, 90), (100, 100), (101, 0), (103, 100), (110, 0), (120, 0), (0, 0)],
 )
 def test_unknown_gpus_take_the_conservative_row(capability: int, family: int) -> None:
     from apd_kernels.kernels._launch import recording
@@ -44,7 +45,7 @@ def test_unknown_gpus_take_the_conservative_row(capability: int, family: int) ->
         rows = tuning.TABLE["mine.split"]
         assert tuning.tile("mine.split", x) == dict(rows[family].options)
         assert tuning.has_descriptors(x) == (family >= 90)
-        assert tuning.separate_accumulators(x) == (family == 100)
+        assert tuning.separate_accumulators(x) == (family not in (80, 90))
 
 
 def test_file_of_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +129,8 @@ def test_autotune_times_the_kernel_that_it_names(kernel: str, monkeypatch: pytes
         monkeypatch.setattr(f"apd_kernels.kernels.{module}.tile", tile, raising=False)
     if kernel.endswith(("split", "wide")):
         monkeypatch.setattr("apd_kernels.kernels.prepared.LARGE_PRODUCTS", 0)
+    if kernel.startswith("triangle"):
+        monkeypatch.setattr("apd_kernels.kernels.mining.TRIANGLE_ROWS", (1, 16384))
     with use_backend("triton"):
         work = work_of(kernel, 16, device="cpu", small=8, large=8)
         asked.clear()

@@ -11,6 +11,11 @@ from apd_kernels._core.operators import internal_dtype
 
 # Elements of one temporary of the PyTorch path: 16 M float32 = 64 MB. Larger blocks are no faster on 2 cores.
 BLOCK_ELEMENTS = 1 << 24
+# Euclidean rows are less a common vector, about their mean, where its square is this share of theirs or more: squares
+# are rounded at the spread then, and not at mean² + spread. (After a ReLU the share is 0.64, of centred rows 0.)
+WORTH_CENTRING = 0.75
+# … and where no row is shorter than a half of it: subtracting a long vector costs a short row its digits.
+SHORTEST_CENTRED = 0.5
 
 
 def unit_rows(x: Tensor) -> Tensor:

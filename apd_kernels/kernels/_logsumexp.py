@@ -18,10 +18,8 @@ from torch import Tensor
 
 from apd_kernels._core.rows import row_blocks
 from apd_kernels.kernels._launch import dot_precision, launch, row_stride
-from apd_kernels.kernels._tiles import nan_as
+from apd_kernels.kernels._tiles import MAX_SPLITS, nan_as
 
-# Programs in flight that fill the largest GPUs twice (132 multiprocessors on an H100); also the most splits of one row.
-MAX_SPLITS = 256
 # Rows of a block of weights are padded with zeros to a multiple of this, so that they are read in vectors.
 PADDING = 32
 

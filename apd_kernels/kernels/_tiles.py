@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+# Programs in flight that fill the largest GPUs twice (132 multiprocessors on an H100); also the most splits of one row.
+MAX_SPLITS = 256
+
 
 @triton.jit
 def product(

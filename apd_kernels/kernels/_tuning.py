@@ -69,6 +69,16 @@ TABLE: dict[str, dict[int, Tile]] = {
     "mine.rows": {
         CONSERVATIVE: _tile("estimate: narrow, to fill the GPU", BM=64, BN=32, BK=32, num_warps=8, num_stages=3),
     },
+    # Rows against themselves by tiles of BM × BM on and above the diagonal.
+    "triangle.rows": {
+        CONSERVATIVE: _tile("estimate", BM=64, BK=32, num_warps=8, num_stages=3),
+    },
+    "triangle.split": {
+        CONSERVATIVE: _tile("estimate from sm_80", BM=64, BK=32, num_warps=4, num_stages=2),
+        80: _tile("estimate: most products a byte without spills", BM=128, BK=32, num_warps=8, num_stages=2),
+        90: _tile("estimate: as distance.split, 255 registers", BM=128, BK=32, num_warps=8, num_stages=4),
+        100: _tile(_NOT_RUN, BM=64, BK=64, num_warps=4, num_stages=3),
+    },
     # float32 rows split into float16 parts.
     "distance.split": {
         CONSERVATIVE: _tile("estimate from sm_80", BM=64, BN=64, BK=32, num_warps=4, num_stages=2),
@@ -117,8 +127,23 @@ _OF_BOTH = [
 ]
 # On tcgen05 accumulators lie in a memory of their own, and too many become a trap instead of an error: 100 runs what
 # its row says.
+_SQUARE = [
+    {"BM": m, "BK": k, "num_warps": warps, "num_stages": stages}
+    for (m, warps), k, stages in product([(64, 4), (64, 8), (128, 8)], (32, 64), (2, 3, 4))
+]
 CANDIDATES: dict[str, list[dict[str, int]]] = {
-    kernel: {"gradient.split": _OF_ELEMENTS, "gradient.rows": _OF_BOTH}.get(kernel, _OF_PAIRS) for kernel in TABLE
+    "distance.rows": _OF_PAIRS,
+    "distance.wide": _OF_PAIRS,
+    "mine.wide": _OF_PAIRS,
+    "gradient.rows": _OF_BOTH,
+    "mine.rows": _OF_PAIRS,
+    "triangle.rows": _SQUARE,
+    "triangle.split": _SQUARE,
+    "distance.split": _OF_PAIRS,
+    "gradient.split": _OF_ELEMENTS,
+    "mine.split": _OF_PAIRS,
+    "distance.plain": _OF_PAIRS,
+    "mine.plain": _OF_PAIRS,
 }
 
 _named: ContextVar[tuple[str, Mapping[str, int]] | None] = ContextVar("apd_kernels_tile", default=None)
@@ -149,8 +174,9 @@ def has_descriptors(x: Tensor) -> bool:
 
 
 def separate_accumulators(x: Tensor) -> bool:
-    """Whether each dot of an iteration needs its own accumulator: on tcgen05 the sums are wrong else (triton#10821)."""
-    return family(x) >= 100
+    """Whether each dot of an iteration gets its own accumulator: on tcgen05 the sums are wrong else (triton#10821), and
+    what an unknown GPU does is not known."""
+    return family(x) not in (80, 90)
 
 
 @contextmanager

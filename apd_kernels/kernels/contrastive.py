@@ -136,9 +136,9 @@ def _contrast_weights(
 ):  # fmt: skip
     """w_ij of the anchors from `start` to `stop`; 0 in the padding."""
     s = tl.program_id(2).to(tl.int64)
-    place = tl.program_id(0) * BM + tl.arange(0, BM)
+    place = tl.program_id(1) * BM + tl.arange(0, BM)
     rows = start + place
-    columns = tl.program_id(1) * BN + tl.arange(0, BN)
+    columns = tl.program_id(0) * BN + tl.arange(0, BN)
     row_mask, column_mask = rows < stop, columns < M
     x += s * N * x_stride
     y += s * M * y_stride
@@ -167,7 +167,7 @@ def _contrast_weights(
 def _contrast_scaled(gradient, share, total, out, size, BLOCK: tl.constexpr):
     """g · share · total of one set."""
     s = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     factor = tl.load(gradient + s) * tl.load(share + s)
     tl.store(out + s * size + i, tl.load(total + s * size + i, mask=i < size) * factor, mask=i < size)
 
@@ -219,7 +219,7 @@ def contrastive_loss(
             _, height, width = weights.shape
             BM, BN, BK = 64, 64, 32
             launch(
-                _contrast_weights, (triton.cdiv(block.stop - block.start, BM), triton.cdiv(width, BN), sets),
+                _contrast_weights, (triton.cdiv(width, BN), triton.cdiv(block.stop - block.start, BM), sets),
                 a, b, *tensors, first, second, weights, block.start, block.stop, n, m, dimension, width, height,
                 row_stride(a), row_stride(b), scale, margin, 1.0,
                 **constants, BM=BM, BN=BN, BK=BK, num_warps=8, num_stages=3,

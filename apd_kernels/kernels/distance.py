@@ -54,9 +54,10 @@ def _distance(
     METRIC: tl.constexpr, SELF: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    s = tl.program_id(2).to(tl.int64)
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    columns = tl.program_id(1) * BN + tl.arange(0, BN)
+    s = tl.program_id(1).to(tl.int64)
+    row_tiles = tl.cdiv(N, BM)  # all tiles on the first axis: the others end at 65,535
+    rows = tl.program_id(0) % row_tiles * BM + tl.arange(0, BM)
+    columns = tl.program_id(0) // row_tiles * BN + tl.arange(0, BN)
     row_mask, column_mask = rows < N, columns < M
     x += s * N * x_stride
     y += s * M * y_stride
@@ -266,9 +267,10 @@ def _prepared_gradient(
     BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """`_gradient` at float32 grade: own rows as they are, the other ones split."""
-    s = tl.program_id(2).to(tl.int64)
-    rows = tl.program_id(1) * BM + tl.arange(0, BM)
-    k0 = tl.program_id(0) * BD  # programs that read the same weights run together
+    s = tl.program_id(1).to(tl.int64)
+    parts = tl.cdiv(D, BD)
+    rows = tl.program_id(0) // parts * BM + tl.arange(0, BM)
+    k0 = tl.program_id(0) % parts * BD  # programs that read the same weights run together
     k = k0 + tl.arange(0, BD)
     row_mask = rows < N
     gradient += s * N * M
@@ -336,7 +338,7 @@ def pairwise_distance(x: Tensor, y: Tensor | None, prepared: Operands, metric: s
     dots = dot_precision(x, precision)
     options = tile(rows_kernel("distance", x, y, dots), x)
     launch(
-        _distance, (triton.cdiv(n, options["BM"]), triton.cdiv(m, options["BN"]), sets),
+        _distance, (triton.cdiv(n, options["BM"]) * triton.cdiv(m, options["BN"]), sets),
         a, b, out, n, m, dimension, row_stride(a), row_stride(b), 1.0,
         METRIC=METRIC_NUMBER[metric], SELF=y is None, PRECISION=dots, **options,
     )  # fmt: skip
@@ -406,9 +408,7 @@ def _split_backward(
     """Launch `_prepared_gradient` for each side whose gradient has elements."""
     euclidean = metric in ("euclidean", "sqeuclidean")
     # A descriptor would read the next set's rows as the last ones of this.
-    options = {
-        "TMA": has_tma(a) and a.shape[0] == 1, "SEPARATE": separate_accumulators(a), **tile("gradient.split", a)
-    }
+    options = {"TMA": has_tma(a) and a.shape[0] == 1, "SEPARATE": separate_accumulators(a), **tile("gradient.split", a)}
     centre = None
     for own, other, out, transposed in ((a, b, for_x, False), (b, a, for_y, True)):
         if out.numel() == 0:
@@ -416,7 +416,7 @@ def _split_backward(
         parts, _, centre, root, largest = prepare_rows(other, euclidean, "fp32", centre)
         sets, n, dimension = own.shape
         launch(
-            _prepared_gradient, (triton.cdiv(dimension, options["BD"]), triton.cdiv(n, options["BM"]), sets),
+            _prepared_gradient, (triton.cdiv(dimension, options["BD"]) * triton.cdiv(n, options["BM"]), sets),
             gradient, distance, own, centre, tiles_of(parts, options["BK"], options["BD"], options), root, largest, out,
             n, other.shape[1], dimension, parts.shape[-1] // 2, row_stride(own),
             METRIC=METRIC_NUMBER[metric], SELF=self, TRANSPOSED=transposed, **options,

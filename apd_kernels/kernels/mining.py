@@ -25,14 +25,12 @@ from apd_kernels._core.pairing import Pairing
 from apd_kernels.kernels._launch import dot_precision, launch, row_stride, sets_of_rows
 from apd_kernels.kernels._pairing import anchor_values, pair_masks, pairing_arguments
 from apd_kernels.kernels._split import column_key, in_units_of, split_product
-from apd_kernels.kernels._tiles import add_chosen, nan_as, product, row_distance
+from apd_kernels.kernels._tiles import MAX_SPLITS, add_chosen, nan_as, product, row_distance
 from apd_kernels.kernels._tuning import tile
 from apd_kernels.kernels.distance import METRIC_NUMBER
 from apd_kernels.kernels.prepared import PADDED, operands, pays_to_split, product_options, rows_kernel, tiles_of
 from apd_kernels.prepared import Operands
 
-# Programs in flight that fill the largest GPUs twice (132 multiprocessors on an H100); also the most splits of one row.
-MAX_SPLITS = 256
 # x against itself by tiles above the diagonal: below, there are too few tiles to fill a GPU twice; above, a row would
 # have more splits than `best_of_splits` reads. An estimate: no GPU has run it.
 TRIANGLE_ROWS = (1024, 16384)
@@ -188,17 +186,21 @@ def _mine_triangle(
         unit = tl.load(largest + s) if FORM == "split" else 1.0
         x_factor, xx = row_terms(half, root, unit, s * N, rows, row_mask, EUCLIDEAN, FORM)
         y_factor, yy = row_terms(half, root, unit, s * N, columns, column_mask, EUCLIDEAN, FORM)
-        acc *= x_factor[:, None] * y_factor[None, :]
     else:
+        x_factor, y_factor = tl.full((BLOCK,), 1.0, tl.float32), tl.full((BLOCK,), 1.0, tl.float32)
         acc, xx, yy = product(x + s * N * x_stride, y + s * N * x_stride, rows, columns, row_mask, column_mask, D,
                               x_stride, x_stride, one, BLOCK, BLOCK, BK, FORM, EUCLIDEAN)  # fmt: skip
         xx, yy = 0.5 * xx, 0.5 * yy
     positive, negative = pair_masks(label, own_row, domain, labels, None, domains, None, rows, columns,
                                     row_mask, column_mask, True, POSITIVES, NEGATIVES)  # fmt: skip
-    farthest, p, nearest, n = best_pairs(yy[None, :] - acc, positive, negative, column, 1)
+    # Only half squares have to be in the anchor's unit: its factor changes no order, and might underflow.
+    key = column_key(acc, x_factor if EUCLIDEAN else 0 * x_factor + 1, y_factor, yy)
+    farthest, p, nearest, n = best_pairs(key, positive, negative, column, 1)
     store_winners(key_out, index_out, s, sets, rows, row_mask, N, column_tile, splits, farthest, p, nearest, n)
     if row_tile < column_tile:
-        farthest, p, nearest, n = best_pairs(xx[:, None] - acc, positive, negative, row, 0)
+        y_factor = y_factor if EUCLIDEAN else 0 * y_factor + 1
+        key = xx[:, None] - y_factor[None, :] * (x_factor[:, None] * acc)
+        farthest, p, nearest, n = best_pairs(key, positive, negative, row, 0)
         store_winners(key_out, index_out, s, sets, columns, column_mask, N, row_tile, splits, farthest, p, nearest, n)
 
 
@@ -340,7 +342,7 @@ def _slab_sums(
     winners += s * 2 * N
     row = tl.load(winners + first)
     last = tl.load(winners + tl.minimum(first + SLAB, 2 * N) - 1)
-    if (first + SLAB <= 2 * N) & (row >= 0) & (last == row):
+    if (first + SLAB <= 2 * N) & (row >= 0) & (row < M) & (last == row):
         mask = k < D
         values = tl.load(y + (s * M + row) * y_stride + k, mask=mask, other=0.0).to(tl.float32)
         acc = tl.zeros((BD,), tl.float32)
@@ -378,6 +380,7 @@ def mine(
     euclidean = metric in ("euclidean", "sqeuclidean")
     tensors, constants = pairing_arguments(pairing)
     triangle = y is None and TRIANGLE_ROWS[0] <= n <= TRIANGLE_ROWS[1] and most_splits == MAX_SPLITS
+    kernel = "triangle" if triangle else "mine"
     options: dict[str, Any]
     x_stride, y_stride = row_stride(a), row_stride(b)
     half = root = y_half = y_root = largest = None
@@ -385,10 +388,7 @@ def mine(
         own, others = operands(x, y, prepared, euclidean, precision)
         assert own.parts is not None
         assert others.parts is not None
-        options = {"PREPARED": True, **product_options("mine", x, precision)}
-        if not pairing.of_labels_only():  # the other masks take registers: tiles of 128 would spill on sm_90
-            options["BN"] = min(options["BN"], 64)
-            options["BM"] = min(options["BM"], 64 if triangle else 128)
+        options = _capped({"PREPARED": True, **product_options(kernel, x, precision)}, pairing)
         a = tiles_of(own.parts, options["BM"], options["BK"], options)
         b = tiles_of(others.parts, options["BM" if triangle else "BN"], options["BK"], options)
         half, root, y_half, y_root = own.half, own.root, others.half, others.root
@@ -399,15 +399,14 @@ def mine(
         x_stride = y_stride = 0
     else:
         form = dot_precision(x, precision)
-        kernel = "mine.rows" if triangle else rows_kernel("mine", x, y, form)
+        kernel = "triangle.rows" if triangle else rows_kernel("mine", x, y, form)
         options = {"PREPARED": False, "FORM": form, "TMA": False, "SEPARATE": False, **tile(kernel, x)}
-        if not pairing.of_labels_only():
-            options["BN"] = min(options["BN"], 64)
-    BM, BN = options["BM"], options["BN"]
-    row_tiles, column_tiles = triton.cdiv(n, BM), triton.cdiv(m, BN)
+        options = _capped(options, pairing)
+    row_tiles = triton.cdiv(n, options["BM"])
     if triangle:
         splits = row_tiles
     else:
+        column_tiles = triton.cdiv(m, options["BN"])
         splits = max(1, min(column_tiles, most_splits, MAX_SPLITS // max(1, row_tiles * sets)))
         tiles_per_split = triton.cdiv(column_tiles, splits)
         splits = triton.cdiv(column_tiles, max(1, tiles_per_split))
@@ -416,11 +415,11 @@ def mine(
     if triangle:
         labels, _, _, domains, _, _ = tensors
         rules = {name: constants[name] for name in ("POSITIVES", "NEGATIVES")}
-        del options["BM"], options["BN"]
+        BLOCK = options.pop("BM")
         launch(
             _mine_triangle, (row_tiles, row_tiles, sets),
             a, b, half, root, largest, labels, domains, key, index, ticket, n, dimension, x_stride, splits, 1.0,
-            EUCLIDEAN=euclidean, **rules, BLOCK=BM, **options,
+            EUCLIDEAN=euclidean, **rules, BLOCK=BLOCK, **options,
         )  # fmt: skip
     else:
         launch(
@@ -430,6 +429,13 @@ def mine(
             EUCLIDEAN=euclidean, **constants, **options,
         )  # fmt: skip
     return Mined(key, index, splits)
+
+
+def _capped(options: dict[str, Any], pairing: Pairing) -> dict[str, Any]:
+    """Other masks than those of labels take registers: wider tiles would spill on sm_90."""
+    if not pairing.of_labels_only():
+        options["BN" if "BN" in options else "BM"] = min(64, options.get("BN", options["BM"]))
+    return options
 
 
 def batch_hard(

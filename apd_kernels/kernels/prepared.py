@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from apd_kernels._core.rows import SHORTEST_CENTRED, WORTH_CENTRING
 from apd_kernels.kernels._launch import launch, row_stride, sets_of_rows
 from apd_kernels.kernels._split import high_and_low, power_of_four
 from apd_kernels.kernels._tuning import has_descriptors, separate_accumulators, tile
@@ -28,7 +29,6 @@ from apd_kernels.prepared import Operands
 SAMPLED_ROWS = 1024
 # The mean is subtracted where its square times this is more than the mean square. After a ReLU it is a third, and
 # centring took a decade off the error on an H100.
-WORTH_CENTRING = 8
 # Stateless calls split float32 rows from this many multiply-adds on, which take 0.1 ms on an H100: below, the nine
 # launches cost more than the product. Estimates: no GPU has run them.
 LARGE_PRODUCTS = 1 << 33
@@ -129,10 +129,9 @@ def prepare_rows(rows: Tensor, euclidean: bool, precision: str, centre: Tensor |
         return Operands(parts, half, centre, root, largest)
     dtype = torch.bfloat16 if a.dtype == torch.float32 and precision == "bf16" else a.dtype
     as_is = (
-        dtype == a.dtype
-        and centre is None
+        dtype == a.dtype != torch.float32  # float32 is rounded to TF32 here: a tensor core would truncate
         and padded == dimension == row_stride(a)
-        and a.storage_offset() * a.element_size() % 16 == 0
+        and a.data_ptr() % 16 == 0
     )
     converted = None if as_is else torch.empty(sets, m, padded, dtype=dtype, device=a.device)
     if converted is not None or half is not None:
@@ -153,12 +152,13 @@ def operands(
 
 
 def _mean_row(rows: Tensor) -> Tensor:
-    """About the mean of each set, (S, D), of what is finite; 0 where it is small beside the rows: taken of rows of very
-    different size it is as large as the small ones, whose digits it would take."""
-    sample = rows[:, :: max(1, triton.cdiv(rows.shape[1], SAMPLED_ROWS))].nan_to_num(0, 0, 0)
+    """About the mean of each set, (S, D), where subtracting it keeps digits, as a sample of the rows says; else 0."""
+    sample = rows[:, :: max(1, triton.cdiv(rows.shape[1], SAMPLED_ROWS))].float()
+    squares = torch.linalg.vecdot(sample, sample).nan_to_num(float("inf"), float("inf"))
     mean = sample.mean(1).nan_to_num(0, 0, 0)
-    squares = torch.linalg.vecdot(sample, sample).mean(1)
-    return torch.where((WORTH_CENTRING * torch.linalg.vecdot(mean, mean) > squares)[:, None], mean, 0)
+    square = torch.linalg.vecdot(mean, mean)
+    pays = (square >= WORTH_CENTRING * squares.median(1).values) & (SHORTEST_CENTRED**2 * square <= squares.amin(1))
+    return torch.where(pays[:, None], mean, 0)
 
 
 def pays_to_split(x: Tensor, y: Tensor | None, precision: str) -> bool:

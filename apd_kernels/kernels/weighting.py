@@ -123,9 +123,9 @@ def _weigh_weights(
 ):  # fmt: skip
     """−w_ij of the anchors from `start` to `stop`; 0 in the padding. A NaN without a weight stays out."""
     s = tl.program_id(2).to(tl.int64)
-    place = tl.program_id(0) * BM + tl.arange(0, BM)
+    place = tl.program_id(1) * BM + tl.arange(0, BM)
     rows = start + place
-    columns = tl.program_id(1) * BN + tl.arange(0, BN)
+    columns = tl.program_id(0) * BN + tl.arange(0, BN)
     row_mask, column_mask = rows < stop, columns < M
     x += s * N * x_stride
     y += s * M * y_stride
@@ -214,7 +214,7 @@ def weighted_pairs_backward(
     for block, weights in weight_blocks(n, m, sets, x.device) if m else ():
         _, height, width = weights.shape
         launch(
-            _weigh_weights, (triton.cdiv(block.stop - block.start, BM), triton.cdiv(width, BN), sets),
+            _weigh_weights, (triton.cdiv(width, BN), triton.cdiv(block.stop - block.start, BM), sets),
             a, b, *tensors, *saved, of_positives, of_negatives, weights,
             block.start, block.stop, n, m, dimension, width, height, row_stride(a), row_stride(b), 1.0,
             **constants, METRIC=METRIC_NUMBER[metric], PRECISION=dot_precision(a, precision),

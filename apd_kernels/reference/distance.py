@@ -45,7 +45,7 @@ def pairwise_distance_backward(
     linear = metric in ("dot", "cosine")
     a = x.to(internal_dtype(x))
     b = a if y is None else y.to(a.dtype)
-    centre = None if linear else common_offset(a)
+    centre = None if linear else common_offset(a, half_squares(a))
     if centre is not None:  # differences do not change, and sums of large equal parts do not cancel
         a = a - centre
         b = a if y is None else b - centre

@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 
 from apd_kernels._core.operators import internal_dtype
+from apd_kernels._core.rows import SHORTEST_CENTRED, WORTH_CENTRING
 from apd_kernels.prepared import Operands
 
 # Rows that the mean is estimated from. Any common vector may be subtracted; a good one is near the mean.
 SAMPLED_ROWS = 256
-# Centring copies all rows. Without it squares are rounded at ‖mean‖² + variance instead of at the variance: worth a
-# copy where that is more than 4 times as much. (After a ReLU it is 2.7 times.)
-WORTH_CENTRING = 3.0
 
 
 def prepare_rows(y: Tensor, euclidean: bool, precision: str) -> Operands:
@@ -20,10 +18,12 @@ def prepare_rows(y: Tensor, euclidean: bool, precision: str) -> Operands:
     rows = y.to(internal_dtype(y))
     if not euclidean:
         return Operands(rows)
-    centre = common_offset(rows)
+    half = half_squares(rows)
+    centre = common_offset(rows, half)
     if centre is not None:
         rows = rows - centre
-    return Operands(rows, half_squares(rows), centre)
+        half = half_squares(rows)
+    return Operands(rows, half, centre)
 
 
 def operands(x: Tensor, y: Tensor | None, prepared: Operands, euclidean: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -41,19 +41,19 @@ def operands(x: Tensor, y: Tensor | None, prepared: Operands, euclidean: bool) -
     return a, b, prepared.half
 
 
-def common_offset(rows: Tensor) -> Tensor | None:
-    """About the mean row of each set, (…, 1, D), where it is large against the spread around it."""
+def common_offset(rows: Tensor, half: Tensor) -> Tensor | None:
+    """About the mean row of each set, (…, 1, D), where subtracting it keeps digits; else 0, or None for all sets."""
     count = rows.shape[-2]
     if count == 0:
         return None
-    sample = rows[..., :: max(1, count // SAMPLED_ROWS), :]
-    centre = sample.mean(-2, keepdim=True).nan_to_num(0, 0, 0)
-    # A copy of few rows costs less than the question; and looking at values would wait for a GPU.
-    if count <= SAMPLED_ROWS or rows.device.type != "cpu":
-        return centre
-    of_centre = torch.linalg.vecdot(centre, centre)
-    spread = torch.linalg.vecdot(sample, sample) - of_centre
-    return centre if bool((of_centre > WORTH_CENTRING * spread.nanmean(-1, keepdim=True)).any()) else None
+    centre = rows[..., :: max(1, count // SAMPLED_ROWS), :].mean(-2).nan_to_num(0, 0, 0)
+    square = torch.linalg.vecdot(centre, centre)
+    squares = (2 * half).nan_to_num(float("inf"), float("inf"))
+    shortest, median = squares.amin(-1), squares.median(-1).values
+    pays = (square >= WORTH_CENTRING * median) & (SHORTEST_CENTRED**2 * square <= shortest)
+    if rows.device.type == "cpu" and not bool(pays.any()):  # asking would wait for a GPU
+        return None
+    return torch.where(pays[..., None], centre, 0)[..., None, :]
 
 
 def half_squares(rows: Tensor) -> Tensor:
