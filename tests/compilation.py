@@ -11,6 +11,7 @@ import importlib
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,3 +153,30 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
         code = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
     fields = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return fields["REG"], fields["STACK"] + fields["LOCAL"], code
+
+
+def table(cases: Iterable[str], architectures: Iterable[int] = (80, 90, 100)) -> Iterator[str]:
+    """Markdown: what the compiler made of every launch, one line a kernel, architecture and set of constants."""
+    yield "| launch | kernel | tile | sm | registers | spilled bytes | shared KB | matrix instructions |"
+    yield "|---|---|---|---|---|---|---|---|"
+    seen = set()
+    for case in cases:
+        for architecture in architectures:
+            for launch in _recorded(f"production:{case}", architecture):
+                compiled, options = _compile(launch, architecture), launch.options
+                sizes = [options[name] for name in ("BM", "BLOCK", "BN", "BD", "BK") if name in options]
+                tile = f"{'×'.join(map(str, sizes))}, {options.get('num_warps', 4)} warps"
+                line = (
+                    f"| {case} | `{compiled.kernel}` | {tile} | {architecture} | {compiled.registers} | "
+                    f"{compiled.spilled} | {compiled.shared / 1024:.0f} | {compiled.matrix_instructions} |"
+                )
+                if line not in seen:
+                    seen.add(line)
+                    yield line
+
+
+if __name__ == "__main__":  # python tests/compilation.py CASE …
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).parent))
+    print("\n".join(table(sys.argv[1:])))

@@ -32,7 +32,7 @@ def unit_rows(x: Tensor) -> Tensor:
 def scaled_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x divided by the largest magnitude of each row, that magnitude (1 for a zero row), and the norm of the quotient:
     at least 1, except for a zero row. Their product is the row's norm, whose square need not be in range."""
-    largest = x.detach().abs().amax(-1, keepdim=True)
+    largest = torch.linalg.vector_norm(x.detach(), ord=float("inf"), dim=-1, keepdim=True)  # max |x|, in one pass
     largest = torch.where(largest > 0, largest, 1)
     scaled = x / largest
     return scaled, largest, torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
@@ -44,7 +44,7 @@ def per_difference(slope: Tensor, distance: Tensor, metric: str = "euclidean") -
     0 for a Euclidean distance of 0, and for a slope of 0 whatever the distance: a NaN that was masked out stays out.
     """
     if metric == "euclidean":
-        return torch.where((distance == 0) | (slope == 0), 0, slope / distance)
+        return (slope / distance).masked_fill_((distance == 0) | (slope == 0), 0)
     return 2 * slope if metric == "sqeuclidean" else slope
 
 

@@ -31,6 +31,7 @@ def contrastive_loss(
     rows, columns, sets = a.shape[-2], b.shape[-2], max(1, x.shape[:-2].numel())
     for_x = a.new_zeros(a.shape if needs_x else 0)
     for_y = for_x if y is None else a.new_zeros(b.shape if needs_y else 0)
+    everything = y is not None and pairing.of_labels_only()  # every row of y is paired with every anchor
     terms, valid = a.new_zeros(a.shape[:-1]), torch.zeros(a.shape[:-1], dtype=torch.bool, device=a.device)
     for block in row_blocks(rows, columns, sets) if columns else ():
         similarities = products(a[..., block, :], b)
@@ -41,7 +42,8 @@ def contrastive_loss(
             if form == "circle":
                 terms[..., chunk], valid[..., chunk] = _circle(s, *masks, scale, margin, slopes)
             else:
-                terms[..., chunk], valid[..., chunk] = _contrastive(s, *masks, scale, slopes)
+                paired = None if everything else masks[0] | masks[1]
+                terms[..., chunk], valid[..., chunk] = _contrastive(s, masks[0], paired, scale, slopes)
         if needs_x or needs_y:
             add_weighted_rows(for_x, for_y, similarities, a, b, block, y is None)
     share = valid.sum(-1).clamp_(min=1).to(a.dtype).reciprocal_()
@@ -76,14 +78,13 @@ def _circle(
 
 
 def _contrastive(
-    s: Tensor, positive: Tensor, negative: Tensor, scale: float, slopes: Tensor | None
+    s: Tensor, positive: Tensor, paired: Tensor | None, scale: float, slopes: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Terms and which count; ∂term/∂s into `slopes`."""
+    """Terms and which count; ∂term/∂s into `slopes`. `paired` None: all are, and a NaN of any makes a term NaN."""
     logits = s * scale
-    paired = negative.logical_or_(positive)
-    e, total, of_all = exponentials(logits, paired)
-    of_positives = torch.where(positive, logits, 0).sum(-1)
     weights = positive.to(s.dtype)
+    of_positives = (logits * weights if paired is None else torch.where(positive, logits, 0)).sum(-1)
+    e, total, of_all = exponentials(logits, paired)
     count = weights.sum(-1)
     valid = (count > 0).expand(total.shape)
     count.clamp_(min=1)
@@ -94,8 +95,9 @@ def _contrastive(
     return of_all - of_positives / count, valid
 
 
-def _leave_out(slopes: Tensor, paired: Tensor, valid: Tensor, sums: Tensor) -> None:
+def _leave_out(slopes: Tensor, paired: Tensor | None, valid: Tensor, sums: Tensor) -> None:
     """0 for pairs of no weight. They have it without this, but where a NaN makes a NaN of 0."""
     if slopes.device.type == "cpu" and bool(sums.isfinite().all()):  # elsewhere looking would wait for the device
         return
-    slopes.masked_fill_(~(paired & valid[..., None]), 0)
+    kept = valid[..., None] if paired is None else paired & valid[..., None]
+    slopes.masked_fill_(~kept, 0)

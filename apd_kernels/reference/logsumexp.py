@@ -29,12 +29,12 @@ def products(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-def exponentials(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def exponentials(logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """e = exp(logits − largest) where `mask`, else 0; its sum; and the log of the sum of exp(logits), −inf for none.
 
-    Over the last dimension. A NaN under the mask makes sum and log NaN, and its own e.
+    Over the last dimension; without a mask of all. A NaN under the mask makes sum and log NaN, and its own e.
     """
-    e = logits.masked_fill(~mask, -float("inf"))
+    e = logits.clone() if mask is None else logits.masked_fill(~mask, -float("inf"))
     largest = e.amax(-1, keepdim=True).nan_to_num_(0, float("inf"), 0)
     total = e.sub_(largest).exp_().sum(-1, keepdim=True)
     return e, total.squeeze(-1), (largest + total.log()).squeeze(-1)

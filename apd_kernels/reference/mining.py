@@ -52,7 +52,8 @@ def mine(x: Tensor, y: Tensor | None, prepared: Operands, pairing: Pairing, metr
             farthest = _better(farthest, _extreme(torch.where(positive, keys, -torch.inf), True), part.start, True)
             nearest = _better(nearest, _extreme(torch.where(negative, keys, torch.inf), False), part.start, False)
         if farthest is not None and nearest is not None:
-            blocks.append([torch.where(value.isinf(), -1, index) for value, index in (farthest, nearest)])
+            missing = (farthest[0] == -torch.inf, nearest[0] == torch.inf)
+            blocks.append((farthest[1].masked_fill_(missing[0], -1), nearest[1].masked_fill_(missing[1], -1)))
     if not blocks:
         nothing = x.new_full(x.shape[:-1], -1, dtype=torch.int64)
         return nothing, nothing.clone()
@@ -162,8 +163,14 @@ def pair_gradient(
     any_dropped = weights.device.type != "cpu" or bool(dropped.any())
     for_chosen = for_x if y is None else for_y
     blocks = list(row_blocks(x.shape[-2], dimension, 2 * max(1, x.shape[:-2].numel())))
-    own = torch.empty_like(a, memory_format=torch.contiguous_format) if for_x else x.new_empty(0)
-    chosen = torch.zeros_like(b, memory_format=torch.contiguous_format) if for_chosen else x.new_empty(0)
+    # Without y both sums go to one tensor: it starts with the anchors', or from 0 where they come in several blocks.
+    both = for_x and y is None and len(blocks) > 1
+    new = torch.zeros_like if both else torch.empty_like
+    own = new(a, memory_format=torch.contiguous_format) if for_x else x.new_empty(0)
+    if y is None:
+        chosen = own
+    else:
+        chosen = torch.zeros_like(b, memory_format=torch.contiguous_format) if for_y else x.new_empty(0)
     targets = indices.clamp(min=0)
     if x.dim() == 3:  # rows of all sets, one after the other
         targets += rows * torch.arange(len(x), device=x.device)[:, None]
@@ -175,13 +182,13 @@ def pair_gradient(
             to_anchor.mul_(weight)
             if any_dropped:
                 to_anchor.masked_fill_(dropped[..., block, :], 0)
-            if for_x:
+            if both:
+                own[..., block, :].add_(to_anchor[0]).add_(to_anchor[1])
+            elif for_x:
                 torch.add(to_anchor[0], to_anchor[1], out=own[..., block, :])
         if for_chosen and rows:
             to_winner = (anchors * weight).masked_fill_(dropped[..., block, :], 0) if metric == "dot" else to_anchor
             # In anchor order on the CPU, so the sum is the same in every run.
             target, change = targets[..., block].flatten(), to_winner.flatten(0, -2)
             chosen.view(-1, dimension).index_add_(0, target, change, alpha=-1)
-    if for_x and y is None:
-        own.add_(chosen)
     return own.to(x.dtype), chosen.to(y.dtype) if y is not None and for_y else x.new_empty(0)
