@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo  # before torch.empty is patched: it finds functions by identity
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
