@@ -45,7 +45,9 @@ def contrastive_loss(
                 paired = None if everything else masks[0] | masks[1]
                 terms[..., chunk], valid[..., chunk] = _contrastive(s, masks[0], paired, scale, slopes)
         if needs_x or needs_y:
-            add_weighted_rows(for_x, for_y, similarities, a, b, block, y is None)
+            # A term of an anchor that is paired with every row is finite only if every row is.
+            finite = everything and a.device.type == "cpu" and bool(terms[..., block].isfinite().all())
+            add_weighted_rows(for_x, for_y, similarities, a, b, block, y is None, finite=finite)
     share = valid.sum(-1).clamp_(min=1).to(a.dtype).reciprocal_()
     return torch.where(valid, terms, 0).sum(-1) * share, share, for_x, for_y if y is not None else a.new_empty(0)
 
