@@ -156,23 +156,24 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
 
 
 def table(cases: Iterable[str], architectures: Iterable[int] = (80, 90, 100)) -> Iterator[str]:
-    """Markdown: what the compiler made of every launch, one line a kernel, architecture and set of constants."""
+    """Markdown: what the compiler made of every product, of several sets of constants the most registers and so on."""
     yield "| launch | kernel | tile | sm | registers | spilled bytes | shared KB | matrix instructions |"
     yield "|---|---|---|---|---|---|---|---|"
-    seen = set()
+    worst: dict[tuple[str, ...], list[int]] = {}
     for case in cases:
         for architecture in architectures:
             for launch in _recorded(f"production:{case}", architecture):
-                compiled, options = _compile(launch, architecture), launch.options
+                options = launch.options
                 sizes = [options[name] for name in ("BM", "BLOCK", "BN", "BD", "BK") if name in options]
+                compiled = _compile(launch, architecture)
+                if compiled.matrix_instructions == 0:
+                    continue
                 tile = f"{'×'.join(map(str, sizes))}, {options.get('num_warps', 4)} warps"
-                line = (
-                    f"| {case} | `{compiled.kernel}` | {tile} | {architecture} | {compiled.registers} | "
-                    f"{compiled.spilled} | {compiled.shared / 1024:.0f} | {compiled.matrix_instructions} |"
-                )
-                if line not in seen:
-                    seen.add(line)
-                    yield line
+                found = [compiled.registers, compiled.spilled, compiled.shared // 1024, compiled.matrix_instructions]
+                key = (case, f"`{compiled.kernel}`", tile, str(architecture))
+                worst[key] = [max(pair) for pair in zip(found, worst.get(key, found), strict=True)]
+    for key, found in worst.items():
+        yield "| " + " | ".join([*key, *map(str, found)]) + " |"
 
 
 if __name__ == "__main__":  # python tests/compilation.py CASE …
