@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo  # before torch.empty is patched: it finds functions by identity
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+import torch._dynamo  # before torch.empty is patched: it finds functions by identity
 
 from apd_kernels import use_backend
 from apd_kernels._core.backend import HAS_TRITON

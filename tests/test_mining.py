@@ -454,6 +454,19 @@ def test_prepared_rows(backend: Backend, metric: str) -> None:
     assert torch.equal(a.grad, b.grad)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_no_prepared_rows(backend: Backend, metric: str) -> None:
+    """A memory that is still empty can be prepared, and has nothing to choose."""
+    x, labels = features(5, 8, dtype=torch.float32)
+    for shape in ((0, 8), (2, 0, 8)):
+        kept = prepare_rows(torch.zeros(shape, device=backend.device), metric=metric)
+        a = x.expand(*shape[:-2], 5, 8).to(backend.device)
+        nobody = torch.zeros(0, dtype=torch.int64, device=backend.device)
+        mined = batch_hard(a, labels.to(backend.device), kept, nobody, metric=metric)
+        assert not mined.valid.any()
+        assert (mined.indices.positive == -1).all()
+
+
 @pytest.mark.parametrize(
     ("kept", "options", "error", "message"),
     [

@@ -116,7 +116,7 @@ def prepare_rows(rows: Tensor, euclidean: bool, precision: str, centre: Tensor |
     if not euclidean or a.dtype != torch.float32:
         centre = None
     elif centre is None:
-        centre = _mean_row(a)
+        centre = _mean_row(a) if m else a.new_zeros(sets, dimension)
     BD = min(1024, triton.next_power_of_2(padded))
     if is_split(a, precision):
         parts = torch.empty(sets, m, 2 * padded, dtype=torch.float16, device=a.device)
@@ -157,7 +157,9 @@ def _mean_row(rows: Tensor) -> Tensor:
     squares = torch.linalg.vecdot(sample, sample).nan_to_num(float("inf"), float("inf"))
     mean = sample.mean(1).nan_to_num(0, 0, 0)
     square = torch.linalg.vecdot(mean, mean)
-    pays = (square >= WORTH_CENTRING * squares.median(1).values) & (SHORTEST_CENTRED**2 * square <= squares.amin(1))
+    ordered = squares.sort(1).values  # not median(), which PyTorch's deterministic mode refuses on CUDA
+    median = ordered[:, (ordered.shape[1] - 1) // 2]
+    pays = (square >= WORTH_CENTRING * median) & (SHORTEST_CENTRED**2 * square <= ordered[:, 0])
     return torch.where(pays[:, None], mean, 0)
 
 

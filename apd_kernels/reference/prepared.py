@@ -53,7 +53,8 @@ def common_offset(rows: Tensor, half: Tensor) -> Tensor | None:
         return None
     centre, square = centre.nan_to_num(0, 0, 0), square.nan_to_num(0, 0, 0)
     squares = (2 * half).nan_to_num(float("inf"), float("inf"))
-    shortest, median = squares.amin(-1), squares.median(-1).values
+    ordered = squares.sort(-1).values  # not median(), which PyTorch's deterministic mode refuses on CUDA
+    shortest, median = ordered[..., 0], ordered[..., (count - 1) // 2]
     pays = (square >= WORTH_CENTRING * median) & (SHORTEST_CENTRED**2 * square <= shortest)
     if rows.device.type == "cpu" and not bool(pays.any()):  # asking would wait for a GPU
         return None
