@@ -159,4 +159,4 @@ def identity_derangement(labels: Tensor, generator: torch.Generator | None) -> T
     rows = rows[ranks[identity].argsort(stable=True)]
     least, most = torch.minimum(largest, size - largest), torch.maximum(largest, size - largest)
     shift = least + (drawn[2, 0] * (most - least + 1)).long()  # uniform to within size / 2⁵³
-    return torch.empty_like(rows).scatter_(0, rows, rows[(places + shift) % size])
+    return rows.clone().scatter_(0, rows, rows[(places + shift) % size])
