@@ -200,13 +200,24 @@ def _prepared_distance(
 
 
 @triton.jit
-def weights_at(rows, columns, N, M, TRANSPOSED: tl.constexpr):
-    """Where the weights of rows and columns lie: row by row of N×M, or of M×N."""
+def pair_weights(
+    gradient, distance, rows, columns, mask, N, M,
+    METRIC: tl.constexpr, SELF: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """Weights of the differences of rows and columns, which lie row by row of N×M or, TRANSPOSED, of M×N."""
     if TRANSPOSED:
         at = columns.to(tl.int64)[None, :] * N + rows[:, None]
     else:
         at = rows.to(tl.int64)[:, None] * M + columns[None, :]
-    return at
+    w = tl.load(gradient + at, mask=mask, other=0.0)
+    if SELF:
+        w += tl.load(gradient + rows[:, None] + columns.to(tl.int64)[None, :] * M, mask=mask, other=0.0)
+    if METRIC == 0:
+        d = tl.load(distance + at, mask=mask, other=0.0)
+        w = tl.where(d == 0, 0.0, w / tl.where(d == 0, 1.0, d))
+    elif METRIC == 1:
+        w = 2 * w
+    return w
 
 
 @triton.jit(do_not_specialize=["N", "M"])
@@ -232,15 +243,7 @@ def _gradient(
         columns = j0 + tl.arange(0, BN)
         column_mask = columns < M
         mask = row_mask[:, None] & column_mask[None, :]
-        at = weights_at(rows, columns, N, M, TRANSPOSED)
-        w = tl.load(gradient + at, mask=mask, other=0.0)
-        if SELF:
-            w += tl.load(gradient + rows[:, None] + columns.to(tl.int64)[None, :] * M, mask=mask, other=0.0)
-        if METRIC == 0:
-            d = tl.load(distance + at, mask=mask, other=0.0)
-            w = tl.where(d == 0, 0.0, w / tl.where(d == 0, 1.0, d))
-        elif METRIC == 1:
-            w = 2 * w
+        w = pair_weights(gradient, distance, rows, columns, mask, N, M, METRIC, SELF, TRANSPOSED)
         b = tl.load(
             y + columns.to(tl.int64)[:, None] * y_stride + k[None, :],
             mask=column_mask[:, None] & (k < D)[None, :],
@@ -282,15 +285,7 @@ def _prepared_gradient(
         columns = j0 + tl.arange(0, BK)
         column_mask = columns < M
         mask = row_mask[:, None] & column_mask[None, :]
-        at = weights_at(rows, columns, N, M, TRANSPOSED)
-        w = tl.load(gradient + at, mask=mask, other=0.0)
-        if SELF:
-            w += tl.load(gradient + rows[:, None] + columns.to(tl.int64)[None, :] * M, mask=mask, other=0.0)
-        if METRIC == 0:
-            d = tl.load(distance + at, mask=mask, other=0.0)
-            w = tl.where(d == 0, 0.0, w / tl.where(d == 0, 1.0, d))
-        elif METRIC == 1:
-            w = 2 * w
+        w = pair_weights(gradient, distance, rows, columns, mask, N, M, METRIC, SELF, TRANSPOSED)
         total += tl.sum(w, 1)
         root = tl.load(other_root + s * M + columns, mask=column_mask, other=1.0)
         factor, _ = in_units_of(largest, root, 0.0)
