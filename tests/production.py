@@ -316,6 +316,12 @@ def metric_perturb_solver() -> None:
 
 
 @case
+def metric_perturb_solver_of_several_programs() -> None:
+    for n in (100, 256, 512):
+        perturb.metric_perturb(_rows(n, 2048), _indices(n), None, None, None, 0.1, 0.025, 2, True, "l2", "fp32")
+
+
+@case
 def metric_perturb_steps() -> None:
     x, memory = _rows(4096, 2048), _rows(65536, 2048)
     perturb.metric_perturb(x, _indices(4096), None, None, None, 0.1, 0.1, 2, True, "l2", "fp32")
@@ -502,6 +508,19 @@ def metric_perturb_over_sizes() -> None:
     for n in range(1, 301):
         x = _rows(n, 2048)
         perturb.metric_perturb(x, _indices(n), None, None, None, 0.1, 0.1, 1, False, "linf", "fp32")
+
+
+@over_sizes
+def metric_perturb_solver_over_sizes() -> None:
+    """Its matrices are padded to a power of two: a binary for each."""
+    for n in range(33, 65):
+        perturb.metric_perturb(_rows(n, 2048), _indices(n), None, None, None, 0.1, 0.1, 1, False, "l2", "fp32")
+
+
+@over_sizes
+def metric_perturb_solver_of_several_programs_over_sizes() -> None:
+    for n in range(129, 257):
+        perturb.metric_perturb(_rows(n, 2048), _indices(n), None, None, None, 0.1, 0.1, 1, False, "l2", "fp32")
 
 
 @over_sizes

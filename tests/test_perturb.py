@@ -142,6 +142,30 @@ def test_sets_and_strides(backend: Backend) -> None:
     assert_close(metric_perturb(transposed, labels, epsilon=0.3, steps=2), sets[0], 1e-6)
 
 
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_large_batches(backend: Backend, norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many anchors for a row to look through: the gradient in the steps of batch_hard, sorted winners included."""
+    if backend.name == "torch":
+        pytest.skip("the PyTorch path makes no difference")
+    from apd_kernels.kernels import mining, perturb
+
+    for module in (mining, perturb):
+        monkeypatch.setattr(module, "SCANNED_ANCHORS", 8)
+    x, labels = features(2, 19, 24, dtype=torch.float32)
+    for epsilon, relative in ((0.5, False), (0.1, True)):
+        ours = metric_perturb(
+            x.to(backend.device),
+            labels.to(backend.device),
+            epsilon=epsilon,
+            epsilon_mode="relative" if relative else "absolute",
+            steps=3,
+            norm=norm,
+        ).cpu()
+        for s in range(2):
+            expected = ascent(x[s], labels, epsilon, 3, 2.5 * epsilon / 3, norm, relative)
+            assert_close(ours[s].double() - x[s].double(), expected - x[s].double(), 1e-5, "displacement")
+
+
 def test_gradient_is_passed_straight_through(backend: Backend) -> None:
     x, labels = features(8, 4, dtype=torch.float32)
     a = leaf(x, backend.device)

@@ -108,7 +108,54 @@ def test_every_backend_takes_the_solver(
     assert displacement_error(ours, x, expected) <= 1e-5
 
 
-def test_sets_through_the_solver(backend: Backend) -> None:
+@pytest.fixture(params=["one program", "several programs"])
+def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How many programs of the kernels take the steps of a set: several, on sizes that the interpreter can bear."""
+    if request.param == "several programs":
+        pytest.importorskip("triton")
+        from apd_kernels.kernels import perturb_solver
+
+        monkeypatch.setattr(perturb_solver, "ONE_PROGRAM_ROWS", 0)
+        monkeypatch.setattr(perturb_solver, "COLUMNS", 16)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_in_every_kind(backend: Backend, programs: str, kind: str) -> None:
+    """As the reference in the 200 cases; sizes on both sides of the tiles, mining that changes between the steps."""
+    if backend.name == "torch":
+        pytest.skip("served in test_reference_solver_in_200_cases")
+    solve = implementation(backend.name, "perturb").solve
+    for n, d, steps, relative in ((13, 60, 3, False), (20, 81, 2, True)):
+        x, labels, _ = case(KINDS.index(kind), n, d)
+        epsilon = 0.1 if relative else 1.0
+        arguments = epsilon, 2.5 * epsilon / steps, steps, relative
+        expected = implementation("torch", "perturb").metric_perturb(
+            x.double(), labels, None, None, None, *arguments, "l2", "fp32"
+        )
+        ours = solve(x.to(backend.device), labels.to(backend.device), *arguments).cpu()
+        rounding = displacement_error(expected.float(), x, expected)
+        assert displacement_error(ours, x, expected) <= 1e-5 + 2 * rounding, (n, d)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid value")  # of the interpreter
+def test_rows_that_are_not_finite(backend: Backend, programs: str) -> None:
+    """They are the hardest of all, so every anchor becomes NaN; a row that is no anchor and that none chose stays."""
+    x, labels, _ = case(0, 16, 64)
+    labels[5], labels[9] = 50, 60
+    x[9] += 100  # the farthest, of an identity of its own: nobody's winner
+    for value in (float("nan"), float("inf")):
+        broken = x.clone()
+        broken[2, 7] = value
+        ours = metric_perturb(broken.to(backend.device), labels.to(backend.device), epsilon=0.5, steps=2).cpu()
+        assert torch.equal(ours[9], x[9])
+        anchors = torch.ones(16, dtype=torch.bool)
+        anchors[[5, 9]] = False
+        if value != value:
+            assert ours[anchors].isnan().any(1).all()
+
+
+def test_sets_through_the_solver(backend: Backend, programs: str) -> None:
     x = torch.stack([case(seed, 12, 64)[0] for seed in (0, 7)])
     labels = case(0, 12, 64)[1].to(backend.device)
     sets = metric_perturb(x.to(backend.device), labels, epsilon=0.5, steps=2)

@@ -122,7 +122,7 @@ def supervised_contrastive_loss(of: Features) -> None:
 
 
 def metric_perturb(of: Features) -> None:
-    for n in (16, BATCH, LARGE_BATCH):
+    for n in (16, BATCH, 128, 256, LARGE_BATCH):
         x, labels = of.given(n), integers(n)
         perturb.metric_perturb(x, labels, None, None, None, 0.1, 0.02, 10, True, "l2", of.precision)
     bank, labels = of.given(MEMORY), integers(BATCH)

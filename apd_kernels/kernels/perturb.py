@@ -6,8 +6,10 @@
     step       z_i ← x_i + project(z_i + α g_i/‖g_i‖ − x_i)          (l∞: sign(g_i), clamp)
 
 Two launches a step for "triplet" (`_mine`, `_step`: an anchor that chose a row is looked at again by the row's program,
-which costs three rows and saves a launch), one for all steps of "negative". For small batches `perturb_solver.py` takes
-all steps of "triplet" in three launches.
+which costs three rows and saves a launch), one for all steps of "negative". For batches that are small against D
+`perturb_solver.py` takes the steps of "triplet" on N×N matrices. In large ones a row cannot look through all anchors:
+they are mined and differentiated as `batch_hard` does it, with split products and sorted winners, about ten launches
+that the products outlast.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from torch import Tensor
 from apd_kernels._core.pairing import Pairing
 from apd_kernels.kernels._launch import launch, row_stride, sets_of_rows
 from apd_kernels.kernels.losses import per_difference, sigmoid
-from apd_kernels.kernels.mining import best_of_splits, mine
-from apd_kernels.kernels.perturb_solver import SOLVER_ROWS, solve
+from apd_kernels.kernels.mining import SCANNED_ANCHORS, batch_hard, best_of_splits, mine, pair_gradient
+from apd_kernels.kernels.perturb_solver import SOLVER_ROWS, SOLVER_SHARE, solve
+from apd_kernels.prepared import Operands
 
 # Every row's program reads the splits of all anchors, so they are few.
 _SPLITS = 16
@@ -129,6 +132,35 @@ def _step(
     tl.store(out + at * D + k, moved.to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit(do_not_specialize=["size"])
+def _ascent_weights(positive, negative, positive_index, negative_index, w_p, w_n, size, BLOCK: tl.constexpr):
+    """w_p, w_n of each anchor from its distances; 0 without a pair."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    d_p, d_n = tl.load(positive + at, mask=mask, other=0.0), tl.load(negative + at, mask=mask, other=0.0)
+    paired = (tl.load(positive_index + at, mask=mask, other=-1) >= 0) & (
+        tl.load(negative_index + at, mask=mask, other=-1) >= 0
+    )
+    slope = tl.where(paired, sigmoid(d_p - d_n), 0.0)
+    tl.store(w_p + at, per_difference(slope, d_p, 0), mask=mask)
+    tl.store(w_n + at, per_difference(-slope, d_n, 0), mask=mask)
+
+
+@triton.jit
+def _project(
+    x, z, gradient, out, D, epsilon, step_size, LINF: tl.constexpr, RELATIVE: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
+    """One program a row takes its step along a gradient that is there."""
+    at = tl.program_id(0).to(tl.int64) * D
+    k = tl.arange(0, BD)
+    mask = k < D
+    start = tl.load(x + at + k, mask=mask, other=0.0).to(tl.float32)
+    row = tl.load(z + at + k, mask=mask, other=0.0)
+    g = tl.load(gradient + at + k, mask=mask, other=0.0)
+    moved = _moved(start, row, g, epsilon, step_size, LINF, RELATIVE)
+    tl.store(out + at + k, moved.to(out.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["M", "steps"])
 def _negative(
     x, negatives, valid, begin, out, M, D, steps, sample_stride, negative_stride, epsilon, step_size,
@@ -173,11 +205,13 @@ def metric_perturb(
     norm: str,
     precision: str,
 ) -> Tensor:
-    """`steps` times `_mine` and `_step`, the points in float32 between them; or the solver."""
+    """The solver; or `steps` times `_mine` and `_step`, in large batches `_gradient` and `_project`, the points in
+    float32 between them."""
     start = x.contiguous()
     n, dimension = start.shape[-2:]
     sets = start.shape[:-2].numel()
-    if norm == "l2" and begin is None and memory is None and n <= SOLVER_ROWS and 4 * n <= dimension:
+    plain = norm == "l2" and begin is None and memory is None
+    if plain and n <= min(SOLVER_ROWS, SOLVER_SHARE * dimension):
         return solve(start, labels, epsilon, step_size, steps, relative)
     if memory is not None and memory.shape[-2] == 0:  # nothing to choose, and no row to read
         return (start if begin is None else begin).to(x.dtype, copy=True).view(x.shape)
@@ -187,18 +221,38 @@ def metric_perturb(
     out = torch.empty(start.shape, dtype=x.dtype, device=x.device)
     spare = [torch.empty(start.shape, dtype=torch.float32, device=x.device) for _ in range(min(2, steps - 1))]
     BD = max(16, triton.next_power_of_2(dimension))
+    ball = {"LINF": norm == "linf", "RELATIVE": relative}
     for step in range(steps):
-        key, index, splits = mine(points, bank, pairing, "euclidean", precision, most_splits=_SPLITS)
         target = out if step == steps - 1 else spare[step % 2]
-        rows = sets_of_rows(points) if bank is None else bank
-        launch(
-            _step, (n, sets),
-            start, points, rows, key, index, target, n, rows.shape[1], dimension, row_stride(rows), splits,
-            epsilon, step_size, SELF=memory is None, LINF=norm == "linf", RELATIVE=relative,
-            SPLITS=_SPLITS, SCAN=32, BJ=1 if BD > 2048 else 2, BD=BD, num_warps=_warps(BD),
-        )  # fmt: skip
+        if bank is None and n > SCANNED_ANCHORS:
+            gradient = _gradient(points, pairing, precision)
+            launch(
+                _project, (sets * n,), start, points, gradient, target, dimension, epsilon, step_size,
+                **ball, BD=BD, num_warps=_warps(BD),
+            )  # fmt: skip
+        else:
+            key, index, splits = mine(points, bank, pairing, "euclidean", precision, most_splits=_SPLITS)
+            rows = sets_of_rows(points) if bank is None else bank
+            launch(
+                _step, (n, sets),
+                start, points, rows, key, index, target, n, rows.shape[1], dimension, row_stride(rows), splits,
+                epsilon, step_size, SELF=memory is None, **ball,
+                SPLITS=_SPLITS, SCAN=32, BJ=1 if BD > 2048 else 2, BD=BD, num_warps=_warps(BD),
+            )  # fmt: skip
         points = target
     return out
+
+
+def _gradient(points: Tensor, pairing: Pairing, precision: str) -> Tensor:
+    """Of the sum over the anchors, in the steps of `batch_hard` and its backward pass."""
+    *distances, positive, negative = batch_hard(points, None, Operands(), pairing, "euclidean", precision)
+    weights = [torch.empty_like(distance) for distance in distances]
+    size = points.shape[:-1].numel()
+    launch(
+        _ascent_weights, (triton.cdiv(size, 256),), *distances, positive, negative, *weights, size,
+        BLOCK=256, num_warps=4,
+    )  # fmt: skip
+    return pair_gradient(points, None, weights[0], weights[1], positive, negative, None, "euclidean", True, False)[0]
 
 
 def negative_perturb(

@@ -12,6 +12,7 @@ from apd_kernels._core.pairing import Pairing
 from apd_kernels._core.rows import per_difference, unit_rows
 from apd_kernels.prepared import Operands
 from apd_kernels.reference.mining import batch_hard, pair_gradient
+from apd_kernels.reference.perturb_solver import solve
 from apd_kernels.reference.prepared import prepare_rows
 
 # Up to this share of D the N×N form pays. 10 steps on 2 CPU cores, N×N against direct, ms: 64×2048 3.8 and 21,
@@ -33,10 +34,10 @@ def metric_perturb(
     precision: str,
 ) -> Tensor:
     """z ← project(z + α · direction(∂/∂z Σ_a softplus(d_p − d_n))), `steps` times."""
-    # float64 inputs are the oracle's: they take the form that is written like the formula.
-    plain = norm == "l2" and begin is None and memory is None and x.dim() == 2 and x.dtype != torch.float64
-    if plain and x.shape[0] <= SOLVER_SHARE * x.shape[1]:
-        return solve(x, labels, epsilon, step_size, steps, relative)
+    if norm == "l2" and begin is None and memory is None and _worth_solving(x):
+        moved = solve(x, labels, epsilon, step_size, steps, relative)
+        if moved is not None:
+            return moved
 
     bank = _as(memory, x.to(internal_dtype(x)))
     prepared = Operands() if bank is None else prepare_rows(bank, True, precision)
@@ -80,6 +81,12 @@ def negative_perturb(
     return _ascend(x, begin, gradient, epsilon, step_size, steps, relative, norm)
 
 
+def _worth_solving(x: Tensor) -> bool:
+    """float64 inputs are the oracle's: they take the form that is written like the formula."""
+    small = x.dim() == 2 and 0 < x.shape[0] <= SOLVER_SHARE * x.shape[1]
+    return small and x.device.type == "cpu" and x.dtype != torch.float64
+
+
 def _as(memory: Tensor | None, z: Tensor) -> Tensor | None:
     return None if memory is None else memory.to(z.dtype)
 
@@ -117,60 +124,3 @@ def _ascend(
             offset = (moved + step * direction - start).clamp(-radius, radius)
         moved = start + offset
     return moved.to(x.dtype, copy=True).contiguous()
-
-
-def solve(x: Tensor, labels: Tensor, epsilon: float, step_size: float, steps: int, relative: bool) -> Tensor:
-    """The same ascent on N×N matrices: two products with x, and steps whose cost does not depend on D.
-
-    Every point is Z = X + C X, where the rows of C sum to 0: steps add multiples of differences of rows. For such
-    coefficient rows u, v the product (uX)·(vX) is u B vᵀ with B = −½ D∘D, D the distances of X. With R = C B and
-    A = I + C the current distances are those of Q = A B Aᵀ = B + R + Rᵀ + R Cᵀ, and a step adds γ_i (L A)_i to C and
-    γ_i (L A B)_i to R, L the Laplacian of the weights between anchors and their winners. In float64: that costs little
-    at this size, and the differences between near-duplicates keep their digits.
-    """
-    n = x.shape[0]
-    rows = x.double()
-    rows -= rows.mean(0)
-    products = rows @ rows.T
-    squares = products.diagonal().clone()
-    b = products.sub_(0.5 * (squares[:, None] + squares)).fill_diagonal_(0)
-    # A quadratic form below the rounding of its largest terms is 0, as between bit-identical rows; its edge is dropped.
-    nothing = 32 * torch.finfo(torch.float64).eps * squares.max()
-    size = _sizes(x.double(), relative, "l2")
-    radius, step = (epsilon * size).squeeze(-1), step_size * size
-
-    same = labels[:, None] == labels
-    farthest_of = torch.zeros_like(b).masked_fill_(~same, -torch.inf).fill_diagonal_(-torch.inf)
-    nearest_of = torch.zeros_like(b).masked_fill_(same, torch.inf)
-    valid = (farthest_of.amax(1) == 0) & (nearest_of.amin(1) == 0)
-
-    points = torch.cat([torch.eye(n, dtype=b.dtype, device=b.device), b], 1)  # [A | A B] at the start
-    moved = torch.zeros_like(points)  # [C | R]
-    c, r = moved[:, :n], moved[:, n:]
-    weights = torch.empty_like(b)
-    squared = -2 * b
-    for taken in range(steps):
-        farthest, positive = (squared + farthest_of).max(1)
-        nearest, negative = (squared + nearest_of).min(1)
-        pairs = torch.stack([farthest, nearest], 1)
-        distance = pairs.clamp(min=0).sqrt()
-        slope = torch.where(valid, torch.sigmoid(distance[:, 0] - distance[:, 1]), 0)[:, None]
-        weight = torch.where((pairs <= nothing) | (slope == 0), 0, slope / distance)
-        weight[:, 0].neg_()
-        weights.zero_().scatter_(1, torch.stack([positive, negative], 1), weight)  # never the same column twice
-        laplacian = weights + weights.T
-        laplacian.diagonal().sub_(laplacian.sum(1))
-        gradient = laplacian @ (moved + points)  # [L A | L A B]
-        # The slope of a saturated loss may be 1e-30: a row is divided by its largest coefficient before squaring.
-        largest = laplacian.abs().amax(1, keepdim=True)
-        gradient /= torch.where(largest == 0, 1, largest)
-        length = (gradient[:, :n] * gradient[:, n:]).sum(1, keepdim=True)
-        still = (largest == 0) | (length <= 0)
-        moved.addcmul_(gradient, torch.where(still, 0, step / length.clamp(min=0).sqrt()))
-        length = (c * r).sum(1).clamp(min=0).sqrt()
-        moved.mul_(torch.where(length > radius, radius / length, 1)[:, None])
-        if taken < steps - 1:
-            q = torch.addmm(b, r, c.T).add_(r).add_(r.T)
-            diagonal = q.diagonal().clone()
-            squared = q.mul_(-2).add_(diagonal[:, None]).add_(diagonal)
-    return (x.double() + c @ rows).to(x.dtype).contiguous()
