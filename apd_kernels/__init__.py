@@ -14,7 +14,7 @@ from apd_kernels.paired import paired_distance
 from apd_kernels.perturb import metric_perturb
 from apd_kernels.perturbation import metric_perturbation_loss
 from apd_kernels.prepared import PreparedRows, prepare_rows
-from apd_kernels.ranking import RankMetrics, rank_metrics
+from apd_kernels.ranking import RankAccumulator, RankMetrics, rank_metrics, rank_metrics_from_distances
 from apd_kernels.rerank import (
     ExpandedFeatures,
     RerankedDistances,
@@ -39,6 +39,7 @@ __all__ = [
     "Neighbors",
     "Pair",
     "PreparedRows",
+    "RankAccumulator",
     "RankMetrics",
     "RerankedDistances",
     "SearchResult",
@@ -60,6 +61,7 @@ __all__ = [
     "prepare_rows",
     "query_expansion",
     "rank_metrics",
+    "rank_metrics_from_distances",
     "ssd_mask",
     "supervised_contrastive_loss",
     "triplet_loss",

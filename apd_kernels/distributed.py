@@ -70,7 +70,7 @@ def gather_features(features: Tensor, labels: Tensor, *, group: dist.ProcessGrou
         return GatheredBatch(features, labels, 0)
     return GatheredBatch(
         _Gather.apply(features, sizes, group),
-        _gather(labels.to(torch.int64), sizes, group).to(labels.dtype),
+        gathered_rows(labels.to(torch.int64), sizes, group).to(labels.dtype),
         sum(sizes[: dist.get_rank(group)]),
     )
 
@@ -99,7 +99,7 @@ def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
     return everybody
 
 
-def _gather(rows: Tensor, sizes: list[int], group: dist.ProcessGroup | None) -> Tensor:
+def gathered_rows(rows: Tensor, sizes: list[int], group: dist.ProcessGroup | None) -> Tensor:
     """The rows of all ranks, each rank's padded to the largest number on the way: collectives take one shape."""
     padded = rows.new_zeros(max(sizes), *rows.shape[1:])
     padded[: len(rows)] = rows
@@ -112,7 +112,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, sizes: list[int], group: dist.ProcessGroup | None) -> Tensor:
         ctx.sizes, ctx.group, ctx.dtype = sizes, group, x.dtype
-        return _gather(x.movedim(-2, 0), sizes, group).movedim(0, -2).contiguous()
+        return gathered_rows(x.movedim(-2, 0), sizes, group).movedim(0, -2).contiguous()
 
     @staticmethod
     @once_differentiable

@@ -24,10 +24,10 @@ from apd_kernels._core.checks import (
     check_tensor,
 )
 from apd_kernels._core.compiler import outside_of_graphs
+from apd_kernels._core.evaluation_rows import half_squares, largest_of, scale_of, sorted_rows
 from apd_kernels._core.operators import implementation_context, internal_dtype
 from apd_kernels._core.precision import resolve_precision
 from apd_kernels.prepared import METRICS
-from apd_kernels.ranking import _half_squares, _largest, _scale, _sorted_rows
 
 
 class Neighbors(NamedTuple):
@@ -96,7 +96,7 @@ def knn(
     backend = resolve_backend(query)
     if query.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("knn: expected a call outside CUDA graph capture; its steps depend on the data")
-    largest = _largest("query", query), _largest("gallery", gallery)
+    largest = largest_of("query", query), largest_of("gallery", gallery)
     searched = _searched(query, gallery, exclude_same, exclude_self, mask)
     queries, images = query.shape[0], searched.rows.numel()
     distances = torch.full((queries, k), torch.inf, dtype=internal_dtype(query), device=query.device)
@@ -219,29 +219,29 @@ def _prepared(
     every = torch.arange(queries, device=query.device)
     dtype = internal_dtype(query)
     if metric == "cosine":
-        x = _sorted_rows(query, every, dtype, unit=True)
-        y = _sorted_rows(gallery, rows, dtype, unit=True)
+        x = sorted_rows(query, every, dtype, unit=True)
+        y = sorted_rows(gallery, rows, dtype, unit=True)
         return _Operands(x[:queries], y[:images], None)
     if backend == "triton":
         dtype = query.dtype  # products of half inputs are exact in float32
     x_scale, y_scale = _scales(largest, metric, dtype)
-    x = _sorted_rows(query, every, dtype, x_scale)
+    x = sorted_rows(query, every, dtype, x_scale)
     if metric == "dot":
-        return _Operands(x[:queries], _sorted_rows(gallery, rows, dtype, y_scale)[:images], None)
+        return _Operands(x[:queries], sorted_rows(gallery, rows, dtype, y_scale)[:images], None)
     centre = None
     if dtype == internal_dtype(query):
         centre = (x[:queries].mean(0) * 64).round() / 64  # on a coarse grid: integer features stay exact
         x -= centre
-    y = _sorted_rows(gallery, rows, dtype, y_scale, centre)
-    return _Operands(x[:queries], y[:images], _half_squares(y)[:images])
+    y = sorted_rows(gallery, rows, dtype, y_scale, centre)
+    return _Operands(x[:queries], y[:images], half_squares(y)[:images])
 
 
 def _scales(largest: tuple[Tensor, Tensor], metric: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Powers of two for the queries and for the gallery, each of them one where the metric needs a common one."""
     query_largest, gallery_largest = largest
     if metric == "dot":
-        return _scale(query_largest, dtype), _scale(gallery_largest.amax(), dtype)
-    common = _scale(torch.maximum(query_largest.amax(), gallery_largest.amax()), dtype)
+        return scale_of(query_largest, dtype), scale_of(gallery_largest.amax(), dtype)
+    common = scale_of(torch.maximum(query_largest.amax(), gallery_largest.amax()), dtype)
     return common, common
 
 

@@ -13,13 +13,20 @@ import torch
 from torch import Tensor
 
 from apd_kernels._core.backend import named_backend
-from apd_kernels._core.checks import check_choice, check_features, check_floating, check_number, check_same_kind
+from apd_kernels._core.checks import (
+    check_choice,
+    check_features,
+    check_floating,
+    check_integers,
+    check_number,
+    check_same_kind,
+)
 from apd_kernels._core.compiler import outside_of_graphs
+from apd_kernels._core.evaluation_rows import largest_of, scale_of
 from apd_kernels._core.operators import implementation_context, internal_dtype
+from apd_kernels._core.ranks import RankMetrics, check_cameras, check_options, metrics_of_blocks
 from apd_kernels._core.rows import unit_rows
 from apd_kernels.neighbors import Neighbors
-from apd_kernels.ranking import AVERAGE_PRECISIONS, RankMetrics, _largest, _matched, _scale, _summary
-from apd_kernels.ranking import _check as check_ranking
 from apd_kernels.reference import rerank as reference
 
 VARIANTS = ("torchreid", "transreid")
@@ -117,6 +124,7 @@ class RerankedDistances:
         gallery_cams: Tensor | None = None,
         *,
         ap: str = "rectangular",
+        ties: str = "pessimistic",
         max_rank: int = 50,
     ) -> RankMetrics:
         """CMC, mAP and mINP of the re-ranked distances, block by block; see the function `rank_metrics`.
@@ -126,7 +134,7 @@ class RerankedDistances:
             gallery_ids: identity of each gallery image, shape (G,); −1 is junk.
             query_cams: camera of each query, shape (Q,); None (then also `gallery_cams`) keeps every gallery image.
             gallery_cams: camera of each gallery image, shape (G,).
-            ap: ``"rectangular"`` or ``"trapezoidal"``.
+            ap, ties: as in `rank_metrics`.
             max_rank: length of the CMC.
 
         Returns:
@@ -136,23 +144,25 @@ class RerankedDistances:
             TypeError, ValueError: as `rank_metrics`.
         """
         queries, images = self.shape
-        rows = self._largest.new_empty(1)
-        check_ranking(rows.expand(queries, 1), rows.expand(images, 1), query_ids, gallery_ids, query_cams, gallery_cams)
-        check_choice("ap", ap, AVERAGE_PRECISIONS)
-        _check_count("max_rank", max_rank)
-        pairs = _matched(query_ids, gallery_ids, query_cams, gallery_cams)
-        ranges = (pairs.first, pairs.last, pairs.removed_first, pairs.removed_last)
-        negatives: list[Tensor] = []
-        lengths: list[int] = []
-        for part in reference.blocks(len(pairs.query_rows), self._distances.count):
-            block = self._block(pairs.query_rows[part])[:, pairs.gallery_rows]
-            of_block = reference.count_negatives(block, *(values[part] for values in ranges))
-            negatives += of_block[0]
-            lengths += of_block[1]
-        starts = torch.tensor([0, *lengths]).cumsum(0)
-        result = _summary(torch.cat(negatives), starts, pairs.query_rows, queries, ap, max_rank)
         device = self._largest.device
-        return result._replace(cmc=result.cmc.to(device), ap=result.ap.to(device), valid=result.valid.to(device))
+        check_integers("query_ids", query_ids, queries, device)
+        check_integers("gallery_ids", gallery_ids, images, device)
+        check_cameras(query_cams, gallery_cams)
+        if query_cams is not None and gallery_cams is not None:
+            check_integers("query_cams", query_cams, queries, device)
+            check_integers("gallery_cams", gallery_cams, images, device)
+        check_options(ap, ties, max_rank)
+        return metrics_of_blocks(
+            self._block,
+            reference.rows_at_once(self._distances.count),
+            query_ids,
+            gallery_ids,
+            query_cams,
+            gallery_cams,
+            ap=ap,
+            ties=ties,
+            max_rank=max_rank,
+        )
 
     @torch.no_grad()
     def _block(self, queries: Tensor) -> Tensor:
@@ -448,7 +458,7 @@ def _prepared(features: dict[str, Tensor], metric: str) -> tuple[Tensor, int, Te
     largest = torch.zeros(1, dtype=dtype, device=first.device)
     for name, x in features.items():
         if len(x):
-            largest = torch.maximum(largest, _largest(name, x).amax())
+            largest = torch.maximum(largest, largest_of(name, x).amax())
         rows[start : start + len(x), :dimension] = x
         start += len(x)
     scale = torch.ones_like(largest)
@@ -458,7 +468,7 @@ def _prepared(features: dict[str, Tensor], metric: str) -> tuple[Tensor, int, Te
         zero = (rows[:count] == 0).all(1)
         rows[:count, dimension][zero] = 1
     elif count:
-        scale = _scale(largest, dtype)
+        scale = scale_of(largest, dtype)
         rows *= scale
         # Centred rows lose fewer digits in products; a centre on a coarse grid leaves integer features exact.
         rows[:count] -= (rows[:count].mean(0) * 64).round() / 64

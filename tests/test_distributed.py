@@ -18,9 +18,12 @@ from torch.nn.parallel import DistributedDataParallel
 from apd_kernels import (
     ClusterMemory,
     CrossBatchMemory,
+    RankAccumulator,
+    RankMetrics,
     batch_hard,
     gather_features,
     pairwise_distance,
+    rank_metrics,
     triplet_loss,
 )
 
@@ -154,6 +157,36 @@ def mismatches(rank: int, world: int) -> list[str]:
     return messages
 
 
+PIECES = {2: (300, 157), 4: (100, 0, 7, 350)}  # gallery images of each rank
+
+
+def retrieval(world: int) -> tuple[Tensor, ...]:
+    """Queries and gallery; ties, junk, a query's own image."""
+    generator = torch.Generator().manual_seed(world)
+    images = sum(PIECES[world])
+    gallery = torch.randint(-2, 3, (images, 24), generator=generator).float() + torch.randn(24, generator=generator)
+    ids, cams = (torch.randint(low, 40, (images,), generator=generator) for low in (-1, 37))
+    own = torch.arange(0, images, 7)
+    return gallery[own], gallery, ids[own], ids, cams[own], cams, own
+
+
+def ranking(rank: int, world: int) -> dict[str, Any]:
+    """Each rank has its piece of the gallery, in two shards."""
+    query, gallery, query_ids, gallery_ids, query_cams, gallery_cams, own = retrieval(world)
+    start = sum(PIECES[world][:rank])
+    middle, stop = start + PIECES[world][rank] // 3, start + PIECES[world][rank]
+    results = {}
+    for metric, options in RANKINGS.items():
+        ranks = RankAccumulator(query, query_ids, query_cams, metric=metric, exclude=own, **options)
+        for step in (ranks.add_positives, ranks.count):
+            for piece in (slice(start, middle), slice(middle, stop)):
+                step(gallery[piece], gallery_ids[piece], gallery_cams[piece])
+            ranks.exchange()
+        results[metric] = tuple(ranks.compute())
+    return results
+
+
+RANKINGS: dict[str, dict[str, Any]] = {"euclidean": {"ties": "expected"}, "cosine": {}, "dot": {"ap": "trapezoidal"}}
 SCENARIOS = {
     function.__name__: function
     for function in (
@@ -164,6 +197,7 @@ SCENARIOS = {
         second_derivative,
         memories,
         mismatches,
+        ranking,
     )
 }
 
@@ -255,6 +289,18 @@ def test_memories_are_the_same_on_every_rank(ranks: list[dict[str, Any]]) -> Non
         assert results["memories"].keys() == expected.keys()
         for name, value in expected.items():
             assert torch.equal(results["memories"][name], value), name
+
+
+def test_metrics_of_a_gallery_on_several_ranks(ranks: list[dict[str, Any]]) -> None:
+    """Bit for bit those of one process with the whole gallery, on every rank."""
+    *arguments, own = retrieval(len(ranks))
+    for metric, options in RANKINGS.items():
+        whole = rank_metrics(*arguments, metric=metric, exclude=own, **options)
+        for results in ranks:
+            for name, found, wanted in zip(RankMetrics._fields, results["ranking"][metric], whole, strict=True):
+                assert str(found) == str(wanted), name
+                if isinstance(wanted, Tensor):
+                    assert torch.equal(found.nan_to_num(-1), wanted.nan_to_num(-1)), name
 
 
 def test_subgroup(ranks: list[dict[str, Any]]) -> None:

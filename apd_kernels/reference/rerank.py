@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,9 +24,14 @@ TILE_ROWS, TILE_COLUMNS = 256, 384
 SHARE = 3, 2  # a set is added to R(i) when 3 · overlap > 2 · its size
 
 
+def rows_at_once(columns: int) -> int:
+    """Whole tiles of rows within BLOCK_ELEMENTS, where `columns` leave room for one."""
+    return max(TILE_ROWS, BLOCK_ELEMENTS // max(1, columns) // TILE_ROWS * TILE_ROWS)
+
+
 def blocks(count: int, columns: int) -> Iterator[slice]:
-    """Slices over `count` rows, whole tiles within BLOCK_ELEMENTS where `columns` leave room for one."""
-    size = max(TILE_ROWS, BLOCK_ELEMENTS // max(1, columns) // TILE_ROWS * TILE_ROWS)
+    """Slices of `rows_at_once` over `count` rows."""
+    size = rows_at_once(columns)
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 
@@ -288,24 +292,6 @@ def jaccard(matrix: Sparse, by_column: Sparse, rows: Tensor) -> Tensor:
         shared.index_add_(0, target, torch.minimum(own, by_column.values.index_select(0, other)))
     shared = shared.view(len(rows), count)
     return 1 - shared / (2 - shared)
-
-
-def count_negatives(
-    distances: Tensor, first: Tensor, last: Tensor, removed_first: Tensor, removed_last: Tensor
-) -> tuple[list[Tensor], list[int]]:
-    """For each row, how many entries outside first … last are not farther than each positive, farthest first.
-
-    Positives are first … last without removed_first … removed_last.
-    """
-    counts, lengths = [], []
-    bounds = torch.stack([first, last, removed_first, removed_last], 1).tolist()
-    for row, (begin, end, removed, kept) in zip(distances.cpu().numpy(), bounds, strict=True):
-        positives = np.sort(np.concatenate([row[begin:removed], row[kept:end]]))[::-1]
-        row[begin:end] = np.inf
-        near = np.sort(row[row <= positives[0]])
-        counts.append(torch.from_numpy(near.searchsorted(positives, side="right")))
-        lengths.append(len(positives))
-    return counts, lengths
 
 
 def expanded_rows(rows: Tensor, indices: Tensor, squared: Distances, alpha: float) -> Tensor:

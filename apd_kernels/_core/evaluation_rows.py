@@ -1,0 +1,73 @@
+"""Copies of feature rows for evaluation: sorted, scaled or of unit length, and the same bits for equal rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from apd_kernels._core.operators import internal_dtype
+from apd_kernels._core.rows import unit_rows
+
+
+def padded(dimension: int) -> int:
+    return -(-dimension // 16) * 16
+
+
+def block_rows(x: Tensor) -> int:
+    """Rows of a block in the passes over the features; on the CPU its temporaries stay in the cache (1 MB)."""
+    return max(1, (1 << 24 if x.is_cuda else 1 << 18) // padded(x.shape[1]))
+
+
+def largest_of(name: str, x: Tensor) -> Tensor:
+    """max |x| of each row; raises where a row is not finite."""
+    largest = torch.cat([block.abs().amax(-1) for block in x.split(block_rows(x))]).to(internal_dtype(x))
+    broken = (~largest.isfinite()).nonzero()[:, 0]
+    if broken.numel():
+        shown = ", ".join(map(str, broken[:5].tolist())) + (", …" if broken.numel() > 5 else "")
+        raise ValueError(f"{name}: expected finite features, got NaN or infinity in {broken.numel()} rows: {shown}")
+    return largest
+
+
+def scale_of(largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """The power of two that brings `largest` to about 1; 1 for float16, whose squares fit float32 as they are."""
+    if dtype == torch.float16:
+        return torch.ones_like(largest)
+    limit = 1000 if dtype == torch.float64 else 100  # far enough, and the power itself stays in range
+    return torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent.clamp(-limit, limit))
+
+
+def sorted_rows(
+    x: Tensor,
+    rows: Tensor,
+    dtype: torch.dtype,
+    scale: Tensor | None = None,
+    centre: Tensor | None = None,
+    *,
+    unit: bool = False,
+) -> Tensor:
+    """x[rows] · scale − centre, or x[rows] at unit length, with zeros appended to a multiple of 16 dimensions.
+
+    A reduction over a row may take another order in a block of another shape, or for a row of another alignment, and
+    equal rows must stay equal: so all rows are aligned, and all blocks have one shape; unused rows follow the last.
+    """
+    dimension = x.shape[1]
+    size = block_rows(x)
+    copy = torch.empty(-(-rows.numel() // size) * size, padded(dimension), dtype=dtype, device=x.device)
+    copy[:, dimension:] = 0
+    copy[rows.numel() :] = 0
+    for chosen, block in zip(rows.split(size), copy.split(size), strict=True):
+        target = block[: chosen.numel(), :dimension]
+        target.copy_(x[chosen])
+        if scale is not None:
+            target *= (scale[chosen, None] if scale.dim() else scale).to(dtype)
+        if centre is not None:
+            target -= centre[:dimension]
+        if unit:
+            block.copy_(unit_rows(block))
+    return copy
+
+
+def half_squares(rows: Tensor) -> Tensor:
+    """½‖y‖² of each row of a `sorted_rows` copy, in float32 (float64), from blocks of one shape again."""
+    blocks = rows.split(block_rows(rows))
+    return 0.5 * torch.cat([block.to(internal_dtype(rows)).square().sum(-1) for block in blocks])

@@ -1,0 +1,177 @@
+"""Ties in expectation, self-exclusion, single-shot galleries, galleries in pieces."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+from conftest import Backend
+from test_ranking import assert_same, distances, expected, in_pieces
+
+from apd_kernels import RankAccumulator, rank_metrics, rank_metrics_from_distances
+from apd_kernels._core.ranks import _expected_inverse_of_last, _expected_precisions
+
+
+@pytest.mark.parametrize("ap", ["rectangular", "trapezoidal"])
+def test_expected_ties(backend: Backend, ap: str) -> None:
+    """Against the mean over all orders of the images at one distance."""
+    for seed in range(12 if backend.interpreted else 40):
+        generator = torch.Generator().manual_seed(seed)
+        query, gallery = (torch.randint(-1, 2, (n, 3), generator=generator).float() for n in (6, 12))
+        query_ids, gallery_ids = (torch.randint(0, 3, (n,), generator=generator) for n in (6, 12))
+        wanted = expected(
+            distances(query, gallery, "sqeuclidean"), query_ids, gallery_ids, ap=ap, ties="expected", max_rank=9
+        )
+        arguments = [value.to(backend.device) for value in (query, gallery, query_ids, gallery_ids)]
+        found = rank_metrics(*arguments, metric="euclidean", ap=ap, ties="expected", max_rank=9)
+        assert_same(found, wanted, 1e-12)
+
+
+def test_expected_sums_over_many_equal_distances() -> None:
+    """Beyond 64 images at one distance sums are differences of ψ: against the sums, term by term."""
+    draw = random.Random(0)
+    for _ in range(200):
+        a, b = draw.randint(1, 40), draw.randint(60, 3000)
+        hits, negatives = draw.choice([(0, 0), (0, draw.randint(0, 50)), (draw.randint(1, 9), draw.randint(0, 9000))])
+        size = a + b
+        sums = []
+        for before in (False, True):
+            total = 0.0
+            for r in range(size):
+                above, below = hits + r * (a - 1) / (size - 1), hits + negatives + r
+                total += (above / below if below else 1.0) if before else (above + 1) / (below + 1)
+            sums.append(a / size * total)
+        group = [torch.tensor([float(value)], dtype=torch.float64) for value in (a, b, hits, negatives)]
+        assert float(_expected_precisions(*group)) == pytest.approx(sums[0], rel=1e-10)
+        assert float(_expected_precisions(*group, before=True)) == pytest.approx(sums[1], rel=1e-10)
+        last = sum(math.comb(m - 1, a - 1) / math.comb(size, a) / (hits + m) for m in range(a, size + 1))
+        assert float(_expected_inverse_of_last(group[0], group[1], group[2])) == pytest.approx(last, rel=1e-10)
+
+
+def test_a_collapsed_model() -> None:
+    """Features that are all equal: nothing, everything, in expectation the share of positives."""
+    x, ids = torch.ones(200, 8), torch.arange(200) // 4
+    metrics = {
+        ties: rank_metrics(x[::4], x, ids[::4], ids, ties=ties) for ties in ("pessimistic", "optimistic", "expected")
+    }
+    assert metrics["pessimistic"].cmc[0] == 0
+    assert metrics["pessimistic"].mAP < 0.02
+    assert metrics["optimistic"].mAP == 1
+    assert float(metrics["expected"].cmc[0]) == pytest.approx(4 / 200)
+    assert 0.02 < metrics["expected"].mAP < 0.05
+
+
+def test_a_query_is_not_compared_with_itself(backend: Backend) -> None:
+    """One camera: a data set is searched in itself."""
+    generator = torch.Generator().manual_seed(0)
+    x, ids = torch.randint(-2, 3, (40, 5), generator=generator).float(), torch.randint(0, 9, (40,), generator=generator)
+    own = torch.arange(40)
+    own[7] = -1
+    wanted = expected(distances(x, x, "dot"), ids, ids, exclude=own)
+    device = backend.device
+    arguments = x.to(device), x.to(device), ids.to(device), ids.to(device)
+    assert_same(rank_metrics(*arguments, metric="dot", exclude=own.to(device)), wanted)
+    assert_same(in_pieces(*arguments, cuts=(3, 20), metric="dot", exclude=own.to(device)), wanted)
+    matrix = distances(x, x, "dot").to(device)
+    assert_same(rank_metrics_from_distances(matrix, *arguments[2:], exclude=own.to(device)), wanted)
+
+
+def test_single_shot(backend: Backend) -> None:
+    """Drawn galleries against a loop; AP of all images; the seed decides the draws."""
+    generator = torch.Generator().manual_seed(0)
+    query, gallery = (torch.randn(n, 8, generator=generator) for n in (30, 60))
+    query_ids, gallery_ids = (torch.randint(0, 12, (n,), generator=generator) for n in (30, 60))
+    query_cams, gallery_cams = (torch.randint(0, 2, (n,), generator=generator) for n in (30, 60))
+    arguments = [
+        value.to(backend.device) for value in (query, gallery, query_ids, gallery_ids, query_cams, gallery_cams)
+    ]
+    every = rank_metrics(*arguments, max_rank=10)
+    found = rank_metrics(*arguments, max_rank=10, single_shot=300, seed=1)
+    assert_same(found._replace(cmc=every.cmc), every, 0)
+    matrix, hits, draws = distances(query, gallery, "cosine"), torch.zeros(10, dtype=torch.float64), 0
+    draw = random.Random(0)
+    for i, row in enumerate(matrix):
+        kept = ~((gallery_ids == query_ids[i]) & (gallery_cams == query_cams[i]))
+        if not (kept & (gallery_ids == query_ids[i])).any():
+            continue
+        for _ in range(300):
+            chosen = [
+                draw.choice((kept & (gallery_ids == identity)).nonzero()[:, 0].tolist())
+                for identity in gallery_ids[kept].unique().tolist()
+            ]
+            rank = sorted(chosen, key=lambda j: float(row[j])).index(
+                next(j for j in chosen if gallery_ids[j] == query_ids[i])
+            )
+            hits[rank:] += 1
+            draws += 1
+    assert (found.cmc.cpu() - hits / draws).abs().max() < 0.04  # 5 standard deviations
+    again, other = (rank_metrics(*arguments, max_rank=10, single_shot=2, seed=seed).cmc for seed in (1, 2))
+    assert torch.equal(again, rank_metrics(*arguments, max_rank=10, single_shot=2, seed=1).cmc)
+    assert not torch.equal(again, other)
+
+
+def test_pieces_of_any_size() -> None:
+    """Ones that are empty, or junk alone, or wider than a tile; float16 features; bit for bit the whole."""
+    generator = torch.Generator().manual_seed(0)
+    query, gallery = (torch.randn(n, 48, generator=generator).half() for n in (70, 2000))
+    gallery[1000:] = gallery[:1000]  # ties across pieces
+    query_ids, gallery_ids = (torch.randint(0, 60, (n,), generator=generator) for n in (70, 2000))
+    gallery_ids[500:600] = -1
+    for metric in ("euclidean", "cosine", "dot"):
+        options: dict[str, Any] = {"metric": metric, "ties": "expected"}
+        whole = rank_metrics(query, gallery, query_ids, gallery_ids, **options)
+        for cuts in ((0, 500, 600, 600, 1999), (1,), (384, 768, 769)):
+            assert_same(in_pieces(query, gallery, query_ids, gallery_ids, cuts=cuts, **options), whole, 0)
+
+
+def test_passes_are_kept_apart() -> None:
+    x, ids = torch.eye(4), torch.tensor([0, 0, 1, 1])
+    ranks = RankAccumulator(x, ids)
+    ranks.add_positives(x, ids)
+    with pytest.raises(RuntimeError, match="got 4 images in add_positives and 0 in count"):
+        ranks.compute()
+    ranks.count(x, ids)
+    assert ranks.compute().valid.all()
+    with pytest.raises(RuntimeError, match="add_positives: expected before count"):
+        ranks.add_positives(x, ids)
+    with pytest.raises(RuntimeError, match="exchange: expected an initialised"):
+        ranks.exchange()
+    alone = RankAccumulator(x, ids + 5)
+    alone.add_positives(x, ids)
+    alone.count(x, ids)
+    with pytest.raises(ValueError, match="query_ids: expected at least one query"):
+        alone.compute()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"ties": "random"}, ValueError, "ties: expected 'pessimistic'.* got 'random'"),
+        ({"single_shot": 0}, ValueError, "single_shot: expected at least 1, got 0"),
+        ({"single_shot": 1.5}, TypeError, "single_shot: expected an int, got float"),
+        ({"exclude": torch.zeros(3).long()}, ValueError, r"exclude: expected shape \(4,\), got \(3,\)"),
+    ],
+)
+def test_wrong_options(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    x, ids = torch.eye(4), torch.tensor([0, 0, 1, 1])
+    with pytest.raises(error, match=message):
+        rank_metrics(x, x, ids, ids, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"distances": torch.zeros(4)}, ValueError, r"distances: expected shape \(Q, G\), got \(4,\)"),
+        ({"distances": torch.full((4, 4), math.nan)}, ValueError, "distances: expected no NaN, got one in row 0"),
+        ({"distances": torch.zeros(4, 4).long()}, TypeError, "distances: expected"),
+        ({"query_cams": torch.zeros(4).long()}, ValueError, "gallery_cams: expected with query_cams, got None"),
+        ({"ap": "mean"}, ValueError, "ap: expected"),
+    ],
+)
+def test_wrong_distances(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    ids = torch.tensor([0, 0, 1, 1])
+    with pytest.raises(error, match=message):
+        rank_metrics_from_distances(**{"distances": torch.zeros(4, 4), "query_ids": ids, "gallery_ids": ids, **change})
