@@ -175,3 +175,20 @@ def test_wrong_distances(change: dict[str, Any], error: type[Exception], message
     ids = torch.tensor([0, 0, 1, 1])
     with pytest.raises(error, match=message):
         rank_metrics_from_distances(**{"distances": torch.zeros(4, 4), "query_ids": ids, "gallery_ids": ids, **change})
+
+
+def test_infinite_distances(backend: Backend) -> None:
+    """Images that are infinitely far are still there, and tie with each other; what is left out is not counted."""
+    far = math.inf
+    ids, gallery_ids = torch.tensor([7]), torch.tensor([7, 7, 8, -1, -1, 9])
+    for row in ([0.3, far, 0.5, 0.1, far, 0.2], [0.3, far, far, 0.1, far, far], [far, far, 0.5, -far, 0.1, -far]):
+        matrix = torch.tensor([row])
+        found = rank_metrics_from_distances(
+            matrix.to(backend.device), *(x.to(backend.device) for x in (ids, gallery_ids))
+        )
+        assert_same(found, expected(matrix, ids, gallery_ids))
+    query, gallery = torch.tensor([[1.0, 0.0]]), torch.tensor([[1, 0.1], [1e30, 0], [2, 0], [1, 0], [2e30, 0], [9, 0]])
+    # Relative to the query these are beyond the range of squares: equally far, so the negative comes first.
+    matrix = distances(query, gallery, "euclidean").where(gallery[:, 0] < 1e20, far)
+    found = rank_metrics(*(x.to(backend.device) for x in (query, gallery, ids, gallery_ids)), metric="euclidean")
+    assert_same(found, expected(matrix, ids, gallery_ids))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 
 from apd_kernels._core.operators import internal_dtype
 from apd_kernels._core.rows import unit_rows
+from apd_kernels._core.threads import Item, Result, in_threads
 
 
 def padded(dimension: int) -> int:
@@ -20,7 +23,9 @@ def block_rows(x: Tensor) -> int:
 
 def largest_of(name: str, x: Tensor) -> Tensor:
     """max |x| of each row; raises where a row is not finite."""
-    largest = torch.cat([block.abs().amax(-1) for block in x.split(block_rows(x))]).to(internal_dtype(x))
+    blocks = x.split(block_rows(x))
+    largest = torch.cat(_every(x, lambda block: torch.linalg.vector_norm(block, ord=float("inf"), dim=-1), blocks))
+    largest = largest.to(internal_dtype(x))
     broken = (~largest.isfinite()).nonzero()[:, 0]
     if broken.numel():
         shown = ", ".join(map(str, broken[:5].tolist())) + (", …" if broken.numel() > 5 else "")
@@ -55,7 +60,9 @@ def sorted_rows(
     copy = torch.empty(-(-rows.numel() // size) * size, padded(dimension), dtype=dtype, device=x.device)
     copy[:, dimension:] = 0
     copy[rows.numel() :] = 0
-    for chosen, block in zip(rows.split(size), copy.split(size), strict=True):
+
+    def work(part: tuple[Tensor, Tensor]) -> None:
+        chosen, block = part
         target = block[: chosen.numel(), :dimension]
         target.copy_(x[chosen])
         if scale is not None:
@@ -64,7 +71,14 @@ def sorted_rows(
             target -= centre[:dimension]
         if unit:
             block.copy_(unit_rows(block))
+
+    _every(x, work, zip(rows.split(size), copy.split(size), strict=True))
     return copy
+
+
+def _every(x: Tensor, work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """One after the other on a GPU, in threads on the CPU."""
+    return [work(item) for item in items] if x.is_cuda else in_threads(work, items)
 
 
 def half_squares(rows: Tensor) -> Tensor:

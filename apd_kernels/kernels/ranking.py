@@ -34,7 +34,7 @@ def _similarity(
                       BM, BN, BK, PRECISION, False)  # fmt: skip
     if half_squares is not None:
         s -= tl.load(half_squares + columns, mask=columns < G, other=0.0)[None, :]
-    return s
+    return tl.maximum(s, -3.4028234663852886e38)  # infinitely far, but there
 
 
 @triton.jit(do_not_specialize=["Q", "G"])

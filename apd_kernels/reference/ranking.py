@@ -10,6 +10,7 @@ from torch import Tensor
 
 from apd_kernels._core.ranks import add_reached
 from apd_kernels._core.rows import BLOCK_ELEMENTS
+from apd_kernels._core.threads import in_threads
 
 # Equal columns must give equal bits wherever they lie, and a BLAS library does not promise that: at the edge of its
 # kernels it may add the terms of a product in another order. With MKL (1 to 16 threads, float32 and float64) it holds
@@ -17,6 +18,7 @@ from apd_kernels._core.rows import BLOCK_ELEMENTS
 # for Haswell and Zen it never holds. One shape also makes a pair's bits independent of the sizes of both sets.
 # Such tiles are as fast as one product of everything (Market-1501 size, 2 cores).
 TILE_ROWS, TILE_COLUMNS = 256, 384
+# Blocks of all threads together stay within BLOCK_ELEMENTS.
 CHUNK_COLUMNS = BLOCK_ELEMENTS // TILE_ROWS // TILE_COLUMNS * TILE_COLUMNS
 
 
@@ -32,7 +34,8 @@ def same_identity_similarities(
 ) -> Tensor:
     """s(query_i, gallery_j) for j in first[i] … last[i], at starts[i] + j − first[i]. Rows are sorted by identity."""
     similarity = torch.empty(pairs, dtype=query.dtype, device=query.device)
-    for rows in _slices(0, query.shape[0], TILE_ROWS):
+
+    def work(rows: slice) -> None:
         start = int(first[rows][0]) // TILE_COLUMNS * TILE_COLUMNS
         for columns in _slices(start, int(last[rows][-1]), TILE_COLUMNS):
             tile = _similarities(query, gallery, half_squares, rows, columns)
@@ -40,6 +43,8 @@ def same_identity_similarities(
             same = (first[rows, None] <= column) & (column < last[rows, None])
             place = (starts[:-1] - first)[rows, None] + column
             similarity[place[same]] = tile[same]
+
+    in_threads(work, _slices(0, query.shape[0], TILE_ROWS))
     return similarity
 
 
@@ -57,12 +62,16 @@ def count_negatives(
     count = np.zeros(thresholds.shape, dtype=np.int64)
     edges, bounds = thresholds.cpu().numpy(), starts.tolist()
     same = torch.stack([first, last], 1).tolist()
-    for rows in _slices(0, query.shape[0], TILE_ROWS):
-        for columns in _slices(0, gallery.shape[0], CHUNK_COLUMNS):
+    width = max(TILE_COLUMNS, CHUNK_COLUMNS // torch.get_num_threads() // TILE_COLUMNS * TILE_COLUMNS)
+
+    def work(rows: slice) -> None:
+        for columns in _slices(0, gallery.shape[0], width):
             block = _similarities(query, gallery, half_squares, rows, columns).cpu().numpy()
             for row, (begin, end) in zip(block, same[rows], strict=True):
-                row[max(0, begin - columns.start) : max(0, end - columns.start)] = -np.inf
+                row[max(0, begin - columns.start) : max(0, end - columns.start)] = np.nan
             add_reached(count, block, edges, bounds[rows.start : rows.stop + 1])
+
+    in_threads(work, _slices(0, query.shape[0], TILE_ROWS))
     return torch.from_numpy(count).to(query.device)
 
 
