@@ -27,7 +27,7 @@ def triplet_loss(x: Tensor, labels: Tensor, margin: float | None) -> Tensor:
     return F.softplus(gap).mean() if margin is None else (gap + margin).clamp(min=0).mean()
 
 
-def ascent_step(x: Tensor, start: Tensor, labels: Tensor, epsilon: float, step: float) -> Tensor:
+def ascent_step(x: Tensor, start: Tensor, labels: Tensor, epsilon: float, step: float, norm: str) -> Tensor:
     """One step of projected gradient ascent by autograd: mined on the matrix, differentiated by row differences."""
     with torch.enable_grad():
         z = x.detach().requires_grad_()
@@ -38,7 +38,21 @@ def ascent_step(x: Tensor, start: Tensor, labels: Tensor, epsilon: float, step: 
             negative = d.masked_fill(same, torch.inf).argmin(1)
         gap = (z - z[positive]).norm(dim=1) - (z - z[negative]).norm(dim=1)
         (gradient,) = torch.autograd.grad(F.softplus(gap).sum(), z)
-    offset = x + step * F.normalize(gradient) - start
+    return _moved(x, start, gradient, epsilon, step, norm)
+
+
+def descent_step(x: Tensor, start: Tensor, negatives: Tensor, epsilon: float, step: float) -> Tensor:
+    """One step of projected gradient descent of eq. 3 by autograd, in the L2 ball."""
+    with torch.enable_grad():
+        z = x.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(perturbation_loss(z, negatives, start), z)
+    return _moved(x, start, -gradient, epsilon, step, "l2")
+
+
+def _moved(x: Tensor, start: Tensor, direction: Tensor, epsilon: float, step: float, norm: str) -> Tensor:
+    if norm == "linf":
+        return start + (x + step * direction.sign() - start).clamp(-epsilon, epsilon)
+    offset = x + step * F.normalize(direction) - start
     return start + offset * (epsilon / offset.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
 
 

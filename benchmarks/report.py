@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+ON_DEVICE = {
+    "event_ms": ' "events": milliseconds between CUDA events, from a cold L2 cache;',
+    "graph_ms": ' "graph": the same of a replay of the call as a CUDA graph;',
+}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -24,10 +28,13 @@ def table(results: dict[str, Any]) -> str:
     others = sorted({name for entries in rows.values() for name in entries} - {*named, "floor"})
     present = {name for entries in rows.values() for name in entries}
     candidates = [name for name in (*named, *others, "floor") if name in present]
+    recorded = {name for entry in results["benchmarks"] for name in entry["extra_info"]}
+    on_device = "".join(meaning for name, meaning in ON_DEVICE.items() if name in recorded)
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "triton") if name in machine)
     lines = [
         f"{machine['device']}; {versions}; {results['datetime'][:10]}. Milliseconds of wall time: median ± half the "
-        "interquartile range; in brackets, how many times as long as ours; then the peak of memory that a call takes. "
+        f"interquartile range; in brackets, how many times as long as ours;{on_device} then the peak of memory that a "
+        "call takes. "
         '"kept": ours, with rows that were prepared once; "floor": the product or the copy alone, in PyTorch.',
         "",
         f"| operation | {' | '.join(candidates)} |",
@@ -48,6 +55,8 @@ def _cell(entry: dict[str, Any] | None, ours: float) -> str:
         text += f" ({stats['median'] / ours:.1f}×)"
     if "event_ms" in extra:
         text += f"; events {extra['event_ms']:.3g}"
+    if "graph_ms" in extra:
+        text += f"; graph {extra['graph_ms']:.3g}"
     if "peak_mb" in extra:
         text += f"; {extra['peak_mb']:.0f} MB"
     return text

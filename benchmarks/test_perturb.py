@@ -7,34 +7,69 @@ import torch
 
 from apd_kernels import metric_perturb
 from benchmarks import eager
-from benchmarks.workload import CANDIDATES, ON_GPU, compiled, identities
+from benchmarks.workload import CANDIDATES, DEVICE, ON_GPU, compiled, identities
 
-SIZES = [(64, 2048)] + ([(4096, 2048)] if ON_GPU else [])
-EPSILON, STEPS = 2.0, 10
+DIMENSION, EPSILON, STEPS = 2048, 2.0, 10
+CASES = [(n, "l2") for n in ((64, 256, 512, 4096) if ON_GPU else (64, 256))] + [(64, "linf")]
 
 
-@pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
-@pytest.mark.parametrize("candidate", CANDIDATES)
-def test_metric_perturb(measure: Callable[..., None], candidate: str, size: tuple[int, int]) -> None:
-    n, d = size
-    x, labels = identities(n // 4, 4, d)
-    step = 2.5 * EPSILON / STEPS
-    if candidate == "ours":
+@pytest.mark.parametrize(("n", "norm"), CASES)
+@pytest.mark.parametrize("candidate", [*CANDIDATES, "floor"])
+def test_metric_perturb(measure: Callable[..., None], candidate: str, n: int, norm: str) -> None:
+    x, labels = identities(n // 4, 4, DIMENSION)
+    epsilon = EPSILON if norm == "l2" else EPSILON / DIMENSION**0.5  # the corners of that cube are as far away
+    # autograd.grad is not traced into one graph, so the compiled candidate is the step that eager takes.
+    step = compiled(candidate, eager.ascent_step)
 
-        def work() -> torch.Tensor:
-            return metric_perturb(x, labels, epsilon=EPSILON, steps=STEPS)
-    else:
-        # autograd.grad is not traced into one graph, so the compiled candidate is the step that eager takes.
-        function = compiled(candidate, eager.ascent_step)
+    def ascent(start: torch.Tensor, step: Callable[..., torch.Tensor]) -> torch.Tensor:
+        moved = start
+        for _ in range(STEPS):
+            moved = step(moved, start, labels, epsilon, 2.5 * epsilon / STEPS, norm)
+        return moved
 
-        def work() -> torch.Tensor:
-            moved = x
-            for _ in range(STEPS):
-                moved = function(moved, x, labels, EPSILON, step)
-            return moved
+    coefficients = torch.rand(n, n, device=DEVICE)
 
-    expected = start = x.double()
-    for _ in range(STEPS):
-        expected = eager.ascent_step(expected, start, labels, EPSILON, step)
-    title = f"metric_perturb {n}x{d}, {STEPS} L2 steps"
-    measure(work, title=title, candidate=candidate, expected=(expected,), tolerance=1e-4)
+    def floor() -> tuple[torch.Tensor, ...]:
+        if norm == "linf":  # a step by signs leaves the span of the rows, so that each takes a product of its own
+            return tuple(x @ x.t() for _ in range(STEPS))
+        return x @ x.t(), coefficients @ x
+
+    def ours() -> torch.Tensor:
+        return metric_perturb(x, labels, epsilon=epsilon, steps=STEPS, norm=norm)
+
+    measure(
+        {"ours": ours, "floor": floor}.get(candidate, lambda: ascent(x, step)),
+        title=f"metric_perturb {n}x{DIMENSION}, {STEPS} {'L2' if norm == 'l2' else 'L-infinity'} steps",
+        candidate=candidate,
+        expected=(ascent(x.double(), eager.ascent_step),),
+        tolerance=1e-4,
+    )
+
+
+@pytest.mark.parametrize("candidate", [*CANDIDATES, "floor"])
+def test_toward_negatives(measure: Callable[..., None], candidate: str) -> None:
+    """Descent of eq. 3 to negatives that are given."""
+    n, m = 64, 4
+    x, labels = identities(n // 4, 4, DIMENSION)
+    negatives = torch.randn(n, m, DIMENSION, device=DEVICE)
+    step = compiled(candidate, eager.descent_step)
+
+    def descent(start: torch.Tensor, step: Callable[..., torch.Tensor]) -> torch.Tensor:
+        moved, others = start, negatives.to(start.dtype)
+        for _ in range(STEPS):
+            moved = step(moved, start, others, EPSILON, 2.5 * EPSILON / STEPS)
+        return moved
+
+    def floor() -> tuple[torch.Tensor, ...]:  # rows and negatives are read once, and as many rows written
+        return x + x, torch.dot(negatives.flatten(), negatives.flatten())
+
+    def ours() -> torch.Tensor:
+        return metric_perturb(x, labels, epsilon=EPSILON, steps=STEPS, objective="negative", negatives=negatives)
+
+    measure(
+        {"ours": ours, "floor": floor}.get(candidate, lambda: descent(x, step)),
+        title=f"metric_perturb {n}x{m}x{DIMENSION} toward negatives, {STEPS} L2 steps",
+        candidate=candidate,
+        expected=(descent(x.double(), eager.descent_step),),
+        tolerance=1e-4,
+    )

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from conftest import Backend
-from oracle import assert_close, leaf
+from oracle import assert_close, leaf, peak_memory
 from torch import Tensor
 from traffic import counted
 
@@ -113,6 +113,37 @@ def test_sizes(backend: Backend, shape: tuple[int, ...], kinds: str) -> None:
         pytest.skip("slow in the interpreter")
     features, logits = maps(shape, kinds, torch.float32)
     check(backend, features, logits, torch.randperm(shape[0], generator=torch.manual_seed(0)))
+
+
+@pytest.mark.parametrize("kinds", ["fff", "1f1", "1"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_on_a_cpu(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, kinds: str) -> None:
+    """Images are taken in blocks, the last one smaller; partners lie in other blocks."""
+    features, logits = maps((8, 5, 4, 3), kinds, dtype)
+    monkeypatch.setattr(ssd.reference, "BLOCK_ELEMENTS", 3 * features[0].numel())
+    permutation = torch.randperm(8, generator=torch.manual_seed(0))
+    check(Backend("torch", "cpu"), features, logits, permutation)
+    check(Backend("torch", "cpu"), features, logits, permutation, (1,))
+    features, *logits = (x.contiguous(memory_format=torch.channels_last) for x in (features, *logits))
+    check(Backend("torch", "cpu"), features, logits, permutation)
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["apart", "stacked"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_on_a_cpu(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, stacked: bool) -> None:
+    """3 maps, 4 gradients and some blocks; in a half dtype K and NK in float32 too, before the gradients."""
+    features, logits = maps((64, 32, 8, 8), "fff", dtype)
+    monkeypatch.setattr(ssd.reference, "BLOCK_ELEMENTS", 2 * features[0].numel())
+    inputs = [x.requires_grad_() for x in (features, *logits)]
+    weights, permutation = torch.randn(3 * 64, 32, 8, 8).to(dtype), torch.arange(64).roll(1)
+
+    def step() -> tuple[Tensor, ...]:
+        outputs = ssd_mask(inputs[0], inputs[1:], permutation, stacked=stacked)
+        gradients = weights if stacked else weights.chunk(3)
+        return *outputs, *torch.autograd.grad(outputs, inputs, gradients)
+
+    step()
+    assert peak_memory(step) < 7 * features.nbytes + 16 * 4 * ssd.reference.BLOCK_ELEMENTS
 
 
 @pytest.mark.parametrize("kinds", ["ff", "f1"])
