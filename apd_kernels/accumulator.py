@@ -38,6 +38,7 @@ class Shard(NamedTuple):
     rows: Tensor
     half_squares: Tensor | None
     images: int  # junk included
+    mark: int  # of its identities and cameras
 
 
 class RankAccumulator:
@@ -107,6 +108,7 @@ class RankAccumulator:
         self._row, self._similarity = none, none.to(self._internal)
         self._image = none  # the number of a positive in the gallery, for `exclude`
         self._added = self._counted = 0
+        self._difference = 0  # of the marks of the pieces in the two passes
         self._thresholds: Thresholds | None = None
         self._chosen: Tensor | None = None  # which of the sorted queries have a positive
         self._negatives: list[Tensor] = []
@@ -129,7 +131,7 @@ class RankAccumulator:
         if self._metric == "dot":
             scale = scale_of(largest, dtype)
             if dtype != torch.float16:  # the gallery's rows stay as they are: leave room for sums of their products
-                scale = torch.ldexp(scale, torch.tensor(-(padded(query.shape[1]).bit_length() + 1)))
+                scale = scale * 2.0 ** -(padded(query.shape[1]).bit_length() + 1)
             self._queries = sorted_rows(query, self._order, dtype, scale)[:count]
             return
         self._scale = scale_of(largest.amax() if count else largest.new_ones(()), dtype)
@@ -186,9 +188,9 @@ class RankAccumulator:
                 self._similarity = gathered_rows(self._similarity, sizes, group)
             self._close()
             return
-        counted = torch.tensor(self._counted, device=self._row.device)
-        dist.all_reduce(counted, group=group)
-        self._counted = int(counted)
+        sums = torch.tensor([self._counted, self._difference], device=self._row.device)
+        dist.all_reduce(sums, group=group)
+        self._counted, self._difference = sums.tolist()
         for negatives in self._negatives:
             dist.all_reduce(negatives, group=group)
 
@@ -215,6 +217,11 @@ class RankAccumulator:
                 f"compute: expected every piece of the gallery in both passes, got {self._added} images in "
                 f"add_positives and {self._counted} in count"
             )
+        if self._difference:
+            raise RuntimeError(
+                "compute: expected the same pieces of the gallery in both passes, got others in count than in "
+                "add_positives, by their identities and cameras"
+            )
         rows, queries = self._order[chosen], len(self._order)
         return summarised(self._negatives, thresholds, rows, queries, self._ap, self._ties, self._max_rank)
 
@@ -228,7 +235,7 @@ class RankAccumulator:
         images = _one_of_each(ids, generator)
         squares = None if shard.half_squares is None else shard.half_squares[images]
         matched = match(self._ids, ids[images], None, None)
-        draw.count_shard(Shard(matched, shard.rows[images], squares, shard.images))
+        draw.count_shard(Shard(matched, shard.rows[images], squares, shard.images, shard.mark))
         return draw.compute()
 
     def shard_of(self, gallery: Tensor, gallery_ids: Tensor, gallery_cams: Tensor | None) -> Shard:
@@ -248,7 +255,7 @@ class RankAccumulator:
         unit = self._metric == "cosine"
         rows = sorted_rows(gallery, matched.gallery_rows, self._dtype, self._scale, self._centre, unit=unit)
         squares = half_squares(rows)[:images] if self._metric in ("euclidean", "sqeuclidean") else None
-        return Shard(matched, rows[:images], squares, gallery.shape[0])
+        return Shard(matched, rows[:images], squares, gallery.shape[0], _mark(gallery_ids, gallery_cams))
 
     def add(self, shard: Shard) -> None:
         if self._thresholds is not None:
@@ -256,6 +263,7 @@ class RankAccumulator:
         row, column, starts, kept = positive_pairs(shard.matched)
         before = self._added
         self._added += shard.images
+        self._difference = _wrapped(self._difference + shard.mark)
         if not row.numel():
             return
         first, last = shard.matched.first, shard.matched.last
@@ -294,6 +302,7 @@ class RankAccumulator:
         assert thresholds is not None
         assert chosen is not None
         self._counted += shard.images
+        self._difference = _wrapped(self._difference - shard.mark)
         if not len(chosen) or not len(shard.rows):
             return
         first, last = shard.matched.first[chosen].contiguous(), shard.matched.last[chosen].contiguous()
@@ -311,9 +320,22 @@ class RankAccumulator:
                 )
 
 
+def _wrapped(value: int) -> int:
+    """As int64 adds."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def _mark(ids: Tensor, cams: Tensor | None) -> int:
+    """A number of a piece that tells it from others, whatever the order of its images; sums of them tell sums."""
+    code = ids.long() * 0x1E3779B97F4A7C15 + (0 if cams is None else cams.long() * 0x42B2AE3D27D4EB4F)
+    code = (code ^ (code >> 29)) * 0x3F58476D1CE4E5B9
+    return int((code ^ (code >> 32)).sum())
+
+
 def _one_of_each(values: Tensor, generator: torch.Generator) -> Tensor:
     """One random place of each value, by ascending value."""
-    order = torch.rand(len(values), dtype=torch.float64, generator=generator).argsort().to(values.device)
+    drawn = torch.rand(len(values), dtype=torch.float64, generator=generator, device="cpu")
+    order = drawn.argsort().to(values.device)
     order = order[values[order].argsort(stable=True)]
     first = torch.ones_like(order, dtype=torch.bool)
     first[1:] = values[order[1:]] != values[order[:-1]]

@@ -108,7 +108,7 @@ def rank_metrics(
             raise ValueError(f"single_shot: expected at least 1, got {single_shot}")
     shard = ranks.shard_of(gallery, gallery_ids, gallery_cams)
     ranks.add(shard)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     draws = [ranks.single_shot(shard, gallery_ids, generator).cmc for _ in range(single_shot or 0)]
     ranks.count_shard(shard)
     result = ranks.compute()

@@ -170,7 +170,7 @@ class RerankedDistances:
         first = self.shape[0]
         with implementation_context(self._largest, "torch"):
             result = reference.jaccard(self._encoding, self._by_column, queries)[:, first:]
-            share = torch.tensor(1 - self._lambda, dtype=result.dtype)  # float16 rounds it too
+            share = torch.tensor(1 - self._lambda, dtype=result.dtype, device="cpu")  # float16 rounds it too
             result = (result * share).to(self._largest.dtype)
             if self._lambda:
                 own = self._distances.block(queries)[:, first:]

@@ -341,6 +341,26 @@ def test_info(backend: Backend) -> None:
     assert nothing.flipped == 0
 
 
+def test_info_in_half_precision() -> None:
+    """Points between the steps are not rounded: many small steps end where they do without info."""
+    x, labels = features(16, 12, dtype=torch.bfloat16, identities=4)
+    options = {"epsilon": 0.05, "epsilon_mode": "relative", "steps": 40}
+    moved, info = metric_perturb(x, labels, **options, return_info=True)
+    assert moved.dtype == torch.bfloat16
+    assert_close(moved, metric_perturb(x, labels, **options), 2**-8)
+    assert info.losses[-1] > info.losses[10] > info.losses[0]
+
+
+def test_negatives_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bank that is expanded over the rows is not copied whole."""
+    x, _ = features(20, 12, dtype=torch.float32)
+    bank = torch.randn(30, 12, generator=torch.Generator().manual_seed(1)).expand(20, 30, 12)
+    arguments = {"labels": torch.arange(20), "epsilon": 0.3, "steps": 2, "objective": "negative", "negatives": bank}
+    whole = metric_perturb(x, **arguments)
+    monkeypatch.setattr("apd_kernels._core.rows.BLOCK_ELEMENTS", 3 * 30 * 12)
+    assert_close(metric_perturb(x, **arguments), whole, 1e-6)
+
+
 def test_info_of_negatives(backend: Backend) -> None:
     """Eq. 3 falls, and rows without a negative do not count."""
     x, labels = features(9, 12, dtype=torch.float32)
@@ -392,6 +412,11 @@ def test_real_features_flip(real_data, backend: Backend) -> None:  # type: ignor
             {"objective": "negative", "negatives": torch.zeros(3, 2)},
             ValueError,
             r"negatives: expected shape \(4, 2\) or \(4, M, 2\) for x \(N, D\), got \(3, 2\)",
+        ),
+        (
+            {"objective": "negative", "negatives": torch.tensor(1.0)},
+            ValueError,
+            r"negatives: expected shape \(4, 2\) or \(4, M, 2\) for x \(N, D\), got \(\)",
         ),
         ({"memory": torch.zeros(4, 2)}, ValueError, r"memory_labels: expected with memory, got None"),
         ({"noise": torch.zeros(3, 2)}, ValueError, r"noise: expected shape \(4, 2\), got \(3, 2\)"),

@@ -12,7 +12,17 @@ from torch import Tensor
 from apd_kernels import metric_perturb
 from apd_kernels._core.backend import implementation
 
-KINDS = ("plain", "unequal", "lone rows", "same-identity duplicates", "other-identity duplicates", "tight", "far apart")
+KINDS = (
+    "plain",
+    "unequal",
+    "lone rows",
+    "same-identity duplicates",
+    "other-identity duplicates",
+    "near-duplicates",
+    "tight",
+    "far apart",
+    "one far row",
+)
 
 
 def case(seed: int, n: int, d: int) -> tuple[Tensor, Tensor, str]:
@@ -30,6 +40,11 @@ def case(seed: int, n: int, d: int) -> tuple[Tensor, Tensor, str]:
         x[1] = x[0]
     if kind == "other-identity duplicates":
         x[0] = x[n // 2]
+    if kind == "near-duplicates":
+        x[1] = x[0] + 1e-5 * torch.randn(d, generator=generator)
+    if kind == "one far row":
+        labels[n - 1] = 1000
+        x[n - 1] *= 1e5
     if kind == "tight":  # every cosine above 0.999
         x = 10 * torch.randn(1, d, generator=generator) + 0.1 * x
     if kind == "far apart":
@@ -46,7 +61,7 @@ def test_reference_solver_in_200_cases() -> None:
     """Beyond the rounding of the output at most 1e-5 of the displacement; the direct float32 form is printed beside."""
     solve, direct = implementation("torch", "perturb").solve, implementation("torch", "perturb")
     worst: dict[str, list[float]] = {}
-    for seed in range(210):
+    for seed in range(225):
         n, d = (8, 12, 20, 33)[seed % 4], (64, 150)[seed % 2]
         x, labels, kind = case(seed, n, d)
         steps = (1, 2, 5, 10)[seed // 3 % 4]
@@ -60,6 +75,9 @@ def test_reference_solver_in_200_cases() -> None:
             x.double(), labels, None, None, None, epsilon, step, steps, relative, "l2", "fp32"
         )
         ours = solve(x, labels, epsilon, step, steps, relative)
+        if ours is None:  # left to the direct form
+            assert kind == "one far row", seed
+            continue
         share, direct.SOLVER_SHARE = direct.SOLVER_SHARE, 0
         try:
             plain = direct.metric_perturb(x, labels, None, None, None, epsilon, step, steps, relative, "l2", "fp32")
@@ -134,8 +152,11 @@ def test_kernels_in_every_kind(backend: Backend, programs: str, kind: str) -> No
             x.double(), labels, None, None, None, *arguments, "l2", "fp32"
         )
         ours = solve(x.to(backend.device), labels.to(backend.device), *arguments).cpu()
-        rounding = displacement_error(expected.float(), x, expected)
-        assert displacement_error(ours, x, expected) <= 1e-5 + 2 * rounding, (n, d)
+        # Of the rows that moved: the rounding of a far one would hide the others.
+        near = x.norm(dim=1) < 1e3 * x.norm(dim=1).median()
+        rounding = displacement_error(expected.float()[near], x[near], expected[near])
+        assert displacement_error(ours[near], x[near], expected[near]) <= 1e-5 + 2 * rounding, (n, d)
+        assert torch.equal(ours[~near], x[~near]) or kind != "one far row"
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid value")  # of the interpreter
@@ -156,7 +177,7 @@ def test_rows_that_are_not_finite(backend: Backend, programs: str) -> None:
 
 
 def test_sets_through_the_solver(backend: Backend, programs: str) -> None:
-    x = torch.stack([case(seed, 12, 64)[0] for seed in (0, 7)])
+    x = torch.stack([case(seed, 12, 64)[0] for seed in (0, 9)])
     labels = case(0, 12, 64)[1].to(backend.device)
     sets = metric_perturb(x.to(backend.device), labels, epsilon=0.5, steps=2)
     for s in range(2):
@@ -176,3 +197,14 @@ def test_duplicates_stay_finite(backend: Backend) -> None:
         ours = metric_perturb(x.to(backend.device), labels, epsilon=0.3, steps=4).cpu()
         assert ours.isfinite().all()
         assert ((ours - x).norm(dim=1) <= 0.3 * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e7, 1e10])
+def test_one_far_row(backend: Backend, scale: float) -> None:
+    """It costs the others no digits, whichever form serves."""
+    x, labels, _ = case(0, 16, 64)
+    labels[15] = 50
+    x[15] *= scale
+    ours = metric_perturb(x.to(backend.device), labels.to(backend.device), epsilon=0.5, steps=3).cpu()
+    expected = ascent(x[:15], labels[:15], 0.5, 3, 2.5 * 0.5 / 3)
+    assert displacement_error(ours[:15], x[:15], expected) <= 1e-5

@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import Backend
 from test_ranking import assert_same, distances, expected, in_pieces
+from torch import Tensor
 
-from apd_kernels import RankAccumulator, rank_metrics, rank_metrics_from_distances
+from apd_kernels import RankAccumulator, k_reciprocal_rerank, knn, rank_metrics, rank_metrics_from_distances
 from apd_kernels._core.ranks import _expected_inverse_of_last, _expected_precisions
 
 
@@ -144,6 +145,61 @@ def test_passes_are_kept_apart() -> None:
     alone.count(x, ids)
     with pytest.raises(ValueError, match="query_ids: expected at least one query"):
         alone.compute()
+
+
+def test_other_pieces_in_the_second_pass() -> None:
+    """Of as many images: the metrics would be wrong without a word."""
+    x, ids = torch.eye(6), torch.tensor([0, 0, 1, 1, 2, 2])
+    ranks = RankAccumulator(x, ids)
+    for piece in (slice(0, 3), slice(3, 6)):
+        ranks.add_positives(x[piece], ids[piece])
+    for _ in range(2):
+        ranks.count(x[:3], ids[:3])
+    with pytest.raises(RuntimeError, match="expected the same pieces of the gallery in both passes"):
+        ranks.compute()
+
+
+@pytest.mark.parametrize("operation", [rank_metrics, knn], ids=["rank_metrics", "knn"])
+def test_modes_of_autograd(operation: Any) -> None:
+    """Rows enough for several threads, which have modes of their own."""
+    generator = torch.Generator().manual_seed(0)
+    query, gallery = (torch.randn(n, 512, generator=generator) for n in (600, 3000))
+    ids = [torch.randint(0, 50, (n,), generator=generator) for n in (600, 3000)]
+
+    def values(query: Tensor, gallery: Tensor) -> list[Any]:
+        labels = ids if operation is rank_metrics else [5]
+        return [str(value) for value in operation(query, gallery, *labels)]
+
+    wanted = values(query, gallery)
+    assert values(query.requires_grad_(), gallery.requires_grad_()) == wanted
+    with torch.inference_mode():
+        assert values(query, gallery) == wanted
+        copies = query.clone(), gallery.clone()
+    assert values(*copies) == wanted
+    with torch.inference_mode():
+        assert values(*copies) == wanted
+
+
+def test_other_default_device() -> None:
+    x, ids = torch.eye(6), torch.tensor([0, 0, 1, 1, 2, 2])
+    wanted = rank_metrics(x, x, ids, ids, single_shot=2, ties="expected")
+    with torch.device("meta"):
+        found = rank_metrics(x, x, ids, ids, single_shot=2, ties="expected")
+        reranked = k_reciprocal_rerank(x, x, k1=2, k2=1).rank_metrics(ids, ids)
+    assert_same(found, wanted, 0)
+    assert reranked.valid.all()
+
+
+def test_ties_at_zero_where_denormals_are_flushed() -> None:
+    x, y = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]).expand(8, 2).contiguous()
+    ids = torch.tensor([7]), torch.tensor([7, 1, 2, 3, 4, 5, 6, 8])
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot")
+    try:
+        assert rank_metrics(x, y, *ids, metric="dot", ties="optimistic").mAP == 1
+        assert rank_metrics(x, y, *ids, metric="dot", ties="pessimistic").mAP == 1 / 8
+    finally:
+        torch.set_flush_denormal(False)
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,8 @@ def sorted_thresholds(similarity: Tensor, row: Tensor, queries: int) -> Threshol
 def reached(thresholds: Tensor, ties: str) -> list[Tensor]:
     """What a similarity has to reach to come before a positive: itself, or the next number above it, or both."""
     above = torch.nextafter(thresholds, torch.full_like(thresholds, float("inf")))
+    smallest = torch.finfo(thresholds.dtype).tiny  # the number above 0 that is there where denormals are flushed
+    above = torch.where((thresholds >= 0) & (thresholds < smallest), smallest, above)
     return {"pessimistic": [thresholds], "optimistic": [above], "expected": [thresholds, above]}[ties]
 
 
@@ -220,7 +222,7 @@ def summary(at_least: Tensor, starts: Tensor, query_rows: Tensor, queries: int, 
     negatives, starts = at_least.cpu().long(), starts.cpu()
     positives = starts.diff()
     row = torch.repeat_interleave(positives)
-    hit = starts[1:][row] - torch.arange(row.numel())  # 1 for the nearest positive, P for the farthest
+    hit = starts[1:][row] - torch.arange(row.numel(), device=row.device)
     rank = hit + negatives
     precision = hit / rank.double()
     if ap == "trapezoidal":
@@ -253,7 +255,7 @@ def expected_summary(
     values, starts = thresholds.values.cpu(), thresholds.starts.cpu()
     positives = starts.diff()
     row = torch.repeat_interleave(positives)
-    place = torch.arange(row.numel())
+    place = torch.arange(row.numel(), device=row.device)
     opens = torch.ones_like(row, dtype=torch.bool)  # the first of the positives of a query at one distance
     opens[1:] = (row[1:] != row[:-1]) | (values[1:] != values[:-1])
     of_group = opens.nonzero()[:, 0]
@@ -269,7 +271,7 @@ def expected_summary(
     farthest = torch.searchsorted(of_group, starts[:-1], right=True) - 1
     nearest = torch.searchsorted(of_group, starts[1:] - 1, right=True) - 1
     worst = _expected_inverse_of_last(a[farthest], b[farthest], (hits + nearer)[farthest])
-    cmc, missed = torch.empty(max_rank, dtype=torch.float64), torch.ones(len(positives), dtype=torch.float64)
+    cmc, missed = worst.new_empty(max_rank), torch.ones_like(worst)
     for k in range(max_rank):
         passed = k - nearer[nearest]  # images of the nearest group that came before
         share = (b[nearest] - passed) / (a[nearest] + b[nearest] - passed).clamp(min=1)
@@ -285,7 +287,7 @@ def _expected_precisions(a: Tensor, b: Tensor, hits: Tensor, nearer: Tensor, *, 
     first = hits + (0 if before else 1)
     images = hits + nearer + (0 if before else 1)  # up to the first place
     total = torch.zeros_like(a)
-    steps = torch.arange(_SUMMED, dtype=torch.float64)
+    steps = torch.arange(_SUMMED, dtype=torch.float64, device=a.device)
     few = (size <= _SUMMED).nonzero()[:, 0]
     for part in few.split(1 << 16):
         above, below = first[part, None] + steps * more[part, None], images[part, None] + steps
@@ -319,7 +321,7 @@ def _expected_inverse_of_last(a: Tensor, b: Tensor, before: Tensor) -> Tensor:
 def _metrics(
     cmc: Tensor, each: Tensor, inverse: Tensor, query_rows: Tensor, queries: int, device: torch.device
 ) -> RankMetrics:
-    average = torch.full((queries,), float("nan"), dtype=torch.float64)
+    average = each.new_full((queries,), float("nan"))
     average[query_rows.cpu()] = each
     return RankMetrics(
         cmc=cmc.to(device),

@@ -19,8 +19,15 @@ def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Re
     those wait for each other thousands of times, and for whatever else the machine does.
     """
     every = list(items)
+    inference = torch.is_inference_mode_enabled()
+
+    def alone(item: Item) -> Result:
+        # A thread of its own starts with gradients recorded and outside of inference mode.
+        with torch.inference_mode(inference), torch.no_grad():
+            return work(item)
+
     threads = min(torch.get_num_threads(), len(every))
     if threads <= 1:
         return [work(item) for item in every]
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(pool.map(work, every))
+        return list(pool.map(alone, every))

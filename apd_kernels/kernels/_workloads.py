@@ -122,9 +122,16 @@ def supervised_contrastive_loss(of: Features) -> None:
 
 
 def metric_perturb(of: Features) -> None:
-    for n in (16, BATCH, 128, 256, LARGE_BATCH):
+    for n in (16, 32, BATCH, 128, 256, 512, 1024, LARGE_BATCH):
         x, labels = of.given(n), integers(n)
-        perturb.metric_perturb(x, labels, None, None, None, 0.1, 0.02, 10, True, "l2", of.precision)
+        for relative in (False, True):
+            perturb.metric_perturb(x, labels, None, None, None, 0.1, 0.02, 2, relative, "l2", of.precision)
+            perturb.metric_perturb(x, labels, None, None, None, 0.1, 0.02, 2, relative, "linf", of.precision)
+    for norm in ("l2", "linf"):
+        for relative in (False, True):
+            others = of.given(BATCH, 4)
+            valid = torch.empty(BATCH, dtype=torch.bool, device="meta")
+            perturb.negative_perturb(of.given(BATCH), others, valid, None, 0.1, 0.02, 2, relative, norm)
     bank, labels = of.given(MEMORY), integers(BATCH)
     for norm in ("l2", "linf"):
         perturb.metric_perturb(x[:BATCH], labels, None, None, None, 0.1, 0.1, 2, False, norm, of.precision)

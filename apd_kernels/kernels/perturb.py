@@ -181,7 +181,9 @@ def _negative(
             g = tl.zeros((BD,), tl.float32)
             slopes = 0.0
             for j in range(0, M):
-                n = tl.load(negatives + i * sample_stride + j * negative_stride + k, mask=mask, other=0.0)
+                n = tl.load(
+                    negatives + i * sample_stride + tl.cast(j, tl.int64) * negative_stride + k, mask=mask, other=0.0
+                )
                 toward = z - n.to(tl.float32)
                 d = tl.sqrt_rn(tl.sum(toward * toward, 0))
                 slope = sigmoid(d - d_x)

@@ -33,7 +33,7 @@ COLUMNS = 64  # that one program of `_choose` mines in
 # is less in both, up to the 512 rows that D ≤ 4096 and the registers of `_move` allow. Counted: no GPU has run it.
 SOLVER_ROWS = 512
 SOLVER_SHARE = 0.25
-ROUNDING = tl.constexpr(32 * 2.220446049250313e-16)  # of the largest squared distance: less is taken for 0
+ROUNDING = tl.constexpr(32 * 2.220446049250313e-16)  # of the terms of a square: less is taken for 0
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -48,8 +48,8 @@ def _squared_distances(x, out, N, D, BM: tl.constexpr, BK: tl.constexpr):
         k = k0 + tl.arange(0, BK)
         a = tl.load(x + i[:, None] * D + k[None, :], mask=(i < N)[:, None] & (k < D)[None, :], other=0.0)
         b = tl.load(x + j[:, None] * D + k[None, :], mask=(j < N)[:, None] & (k < D)[None, :], other=0.0)
-        difference = a.to(tl.float32)[:, None, :] - b.to(tl.float32)[None, :, :]
-        acc += tl.sum(difference * difference, 2).to(tl.float64)
+        difference = a.to(tl.float64)[:, None, :] - b.to(tl.float64)[None, :, :]
+        acc += tl.sum(difference * difference, 2)
     tl.store(out + s * N * N + i[:, None] * N + j[None, :], acc, mask=(i < N)[:, None] & (j < N)[None, :])
 
 
@@ -78,11 +78,12 @@ def _pair(c, r, squared, i, j, k, N, NP: tl.constexpr):
 
 
 @triton.jit
-def _pair_distance(c, r, squared, i, j, k, N, nothing, NP: tl.constexpr):
-    """Distances of rows i from rows j. A square below the rounding of its largest terms is 0, as between equal rows."""
+def _pair_distance(c, r, squared, i, j, k, N, NP: tl.constexpr):
+    """Distances of rows i from rows j. A square below the rounding of its terms is 0, as between equal rows."""
     v_a, v_b = _pair(c, r, squared, i, j, k, N, NP)
-    square = tl.sum(v_a * v_b, 1)
-    return tl.sqrt(tl.where(square <= nothing, 0.0, square))
+    terms = v_a * v_b
+    square = tl.sum(terms, 1)
+    return tl.sqrt(tl.where(square <= tl.sum(tl.abs(terms), 1) * ROUNDING, 0.0, square))
 
 
 @triton.jit
@@ -164,15 +165,11 @@ def _solve(
     if size is not None:
         size += s * N
     k = tl.arange(0, NP)
-    largest = 0.0
     for r0 in range(0, NP, RB):
         i = r0 + tl.arange(0, RB)
         tl.store(c + i[:, None] * NP + k[None, :], tl.zeros((RB, NP), tl.float64))
         tl.store(r + i[:, None] * NP + k[None, :], tl.zeros((RB, NP), tl.float64))
         tl.store(diagonal + i, tl.zeros((RB,), tl.float64))
-        d2 = tl.load(squared + i[:, None] * N + k[None, :], mask=(i < N)[:, None] & (k < N)[None, :], other=0.0)
-        largest = tl.maximum(largest, tl.max(tl.max(d2, 1), 0).to(tl.float32))
-    nothing = ROUNDING * largest.to(tl.float64)
     tl.debug_barrier()
 
     for t in range(0, steps):
@@ -183,8 +180,8 @@ def _solve(
             high, low = _keys(squared, labels, old_c, old_r, diagonal, i, k, N, NP, PRECISION)
             farthest, p = tl.max(high, 1, return_indices=True)
             nearest, n = tl.min(low, 1, return_indices=True)
-            d_p = _pair_distance(old_c, old_r, squared, i, p, k, N, nothing, NP)
-            d_n = _pair_distance(old_c, old_r, squared, i, n, k, N, nothing, NP)
+            d_p = _pair_distance(old_c, old_r, squared, i, p, k, N, NP)
+            d_n = _pair_distance(old_c, old_r, squared, i, n, k, N, NP)
             valid = (farthest != float("-inf")) & (nearest != float("inf"))
             slope = tl.where(valid, sigmoid(d_p - d_n), 0.0)
             tl.store(winners + i, p)
@@ -238,7 +235,7 @@ def _choose(
 
 @triton.jit
 def _anchor(
-    key, index, a, other_side, squared, c, r, k, N, splits, nothing, NP: tl.constexpr, SPLITS: tl.constexpr
+    key, index, a, other_side, squared, c, r, k, N, splits, NP: tl.constexpr, SPLITS: tl.constexpr
 ):  # fmt: skip
     """Winners of one anchor, row 0 for none, and the weights of its edges to them."""
     at = a * splits
@@ -246,15 +243,15 @@ def _anchor(
     n = best_of_splits(key + other_side + at, index + other_side + at, splits, False, SPLITS)
     one = tl.arange(0, 1)
     i, far, near = a + one, tl.maximum(p, 0) + one, tl.maximum(n, 0) + one
-    d_p = _pair_distance(c, r, squared, i, far, k, N, nothing, NP)
-    d_n = _pair_distance(c, r, squared, i, near, k, N, nothing, NP)
+    d_p = _pair_distance(c, r, squared, i, far, k, N, NP)
+    d_n = _pair_distance(c, r, squared, i, near, k, N, NP)
     slope = tl.where((p >= 0) & (n >= 0), sigmoid(d_p - d_n), 0.0)
     return far, near, per_difference(slope, d_p, 0), per_difference(-slope, d_n, 0)
 
 
 @triton.jit(do_not_specialize=["N", "splits"])
 def _move(
-    squared, size, most, key, index, old_c, old_r, new_c, new_r, diagonal, N, splits, set_stride, epsilon, step_size,
+    squared, size, key, index, old_c, old_r, new_c, new_r, diagonal, N, splits, set_stride, epsilon, step_size,
     NP: tl.constexpr, SPLITS: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     """One program a row: an anchor that chose it is looked at again, which spares a launch between the two."""
@@ -268,13 +265,11 @@ def _move(
     old_r += s * set_stride
     if size is not None:
         size += s * N
-    nothing = ROUNDING * tl.load(most + s)
     k = tl.arange(0, NP)
     row = i + tl.arange(0, 1)
     g_a, g_b = tl.zeros((1, NP), tl.float64), tl.zeros((1, NP), tl.float64)
     heaviest = tl.zeros((1,), tl.float64)
-    far, near, w_p, w_n = _anchor(key, index, i, other_side, squared, old_c, old_r, k, N, splits, nothing,
-                                  NP, SPLITS)  # fmt: skip
+    far, near, w_p, w_n = _anchor(key, index, i, other_side, squared, old_c, old_r, k, N, splits, NP, SPLITS)
     g_a, g_b, heaviest = _add_edge(g_a, g_b, heaviest, w_p, old_c, old_r, squared, row, far, k, N, NP)
     g_a, g_b, heaviest = _add_edge(g_a, g_b, heaviest, w_n, old_c, old_r, squared, row, near, k, N, NP)
     t = tl.arange(0, SPLITS)
@@ -292,8 +287,8 @@ def _move(
                     tl.load(index + other_side + own, mask=t < splits, other=-1) == i
                 )
                 if tl.max(named.to(tl.int32), 0) > 0:
-                    p, n, to_p, to_n = _anchor(key, index, a, other_side, squared, old_c, old_r, k, N, splits, nothing,
-                                               NP, SPLITS)  # fmt: skip
+                    p, n, to_p, to_n = _anchor(key, index, a, other_side, squared, old_c, old_r, k, N, splits, NP,
+                                               SPLITS)  # fmt: skip
                     w = tl.where(p == i, to_p, tl.where(n == i, to_n, 0.0))  # 0 where it has no pair
                     g_a, g_b, heaviest = _add_edge(g_a, g_b, heaviest, w, old_c, old_r, squared, row,
                                                    a + tl.arange(0, 1), k, N, NP)  # fmt: skip
@@ -301,37 +296,21 @@ def _move(
                diagonal + s * set_stride, size, row, k, N, epsilon, step_size, NP)  # fmt: skip
 
 
-@triton.jit
-def _finite_rows(x, j, k, N, D):
-    """Which entries of rows j are there and finite, and these in float32, 0 elsewhere."""
-    mask = (j < N)[:, None] & (k < D)[None, :]
-    rows = tl.load(x + j[:, None] * D + k[None, :], mask=mask, other=0.0).to(tl.float32)
-    finite = mask & (tl.abs(rows) < float("inf"))
-    return finite, tl.where(finite, rows, 0.0)
-
-
 @triton.jit(do_not_specialize=["N"])
-def _apply(x, c, out, N, D, set_stride, NP: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):
-    """X + C (X − mean): the rows of C sum to 0, so the mean only takes away digits that cancel. What is not finite
-    is left out of both: the rows that it moved have NaN for a coefficient."""
+def _apply(x, c, out, N, D, set_stride, NP: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr):
+    """X_i + Σ_j C_ij (X_j − X_i), as the rows of C sum to 0: between close rows no digits cancel, and a far row that
+    moved nobody, or one that is not finite, has no part in the others."""
     s = tl.program_id(2).to(tl.int64)
     i = tl.program_id(1) * BM + tl.arange(0, BM)
     k = tl.program_id(0) * BD + tl.arange(0, BD)
     x += s * N * D
-    total = tl.zeros((BD,), tl.float32)
-    for j0 in range(0, N, BM):
-        _, rows = _finite_rows(x, j0 + tl.arange(0, BM), k, N, D)
-        total += tl.sum(rows, 0)
-    mean = total / N
-    moved = tl.zeros((BM, BD), tl.float32)
-    for j0 in range(0, NP, BM):
-        j = j0 + tl.arange(0, BM)
-        finite, rows = _finite_rows(x, j, k, N, D)
-        coefficients = tl.load(c + s * set_stride + i[:, None] * NP + j[None, :]).to(tl.float32)
-        centred = tl.where(finite, rows - mean[None, :], 0.0)
-        moved = tl.dot(coefficients, centred, moved, input_precision=PRECISION)
     mask = (i < N)[:, None] & (k < D)[None, :]
     rows = tl.load(x + i[:, None] * D + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    moved = tl.zeros((BM, BD), tl.float32)
+    for j in range(0, N):
+        w = tl.load(c + s * set_stride + i * NP + j).to(tl.float32)[:, None]
+        other = tl.load(x + j * D + k, mask=k < D, other=0.0).to(tl.float32)
+        moved += tl.where(w == 0, 0.0, w * (other[None, :] - rows))
     tl.store(out + (s * N + i[:, None]) * D + k[None, :], (rows + moved).to(out.dtype.element_ty), mask=mask)
 
 
@@ -348,10 +327,9 @@ def solve(x: Tensor, labels: Tensor, epsilon: float, step_size: float, steps: in
     take = _in_one_program if n <= ONE_PROGRAM_ROWS else _in_several
     c = take(squared, labels.contiguous(), size, epsilon, step_size, steps, NP, precision)
     out = torch.empty_like(x)
-    BM = min(64, NP)
     launch(
-        _apply, (triton.cdiv(dimension, 32), triton.cdiv(n, BM), sets), x, c, out, n, dimension, c.stride(0),
-        NP=NP, BM=BM, BD=32, PRECISION=precision, num_warps=8,
+        _apply, (triton.cdiv(dimension, 128), triton.cdiv(n, 16), sets), x, c, out, n, dimension, c.stride(0),
+        NP=NP, BM=16, BD=128, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -391,7 +369,7 @@ def _in_several(
     NP: int,
     precision: str,
 ) -> Tensor:
-    """The same, and besides two launches a step one that zeroes C, R and Q_ii, and one for the largest distance."""
+    """The same, and besides two launches a step one that zeroes C, R and Q_ii."""
     sets, n, _ = squared.shape
     state = torch.zeros(sets, 4 * NP * NP + NP, dtype=torch.float64, device=squared.device)
     c, r = state[:, : 2 * NP * NP].view(sets, 2, NP, NP), state[:, 2 * NP * NP : -NP].view(sets, 2, NP, NP)
@@ -399,7 +377,6 @@ def _in_several(
     splits = triton.cdiv(n, COLUMNS)
     key = torch.empty(2, sets, n, splits, dtype=torch.float64, device=squared.device)
     index = torch.empty(2, sets, n, splits, dtype=torch.int32, device=squared.device)
-    most = squared.amax((1, 2))
     for step in range(steps):
         old, new = step % 2, 1 - step % 2
         launch(
@@ -409,7 +386,7 @@ def _in_several(
         )  # fmt: skip
         launch(
             _move, (n, sets),
-            squared, size, most, key, index, c[:, old], r[:, old], c[:, new], r[:, new], diagonal,
+            squared, size, key, index, c[:, old], r[:, old], c[:, new], r[:, new], diagonal,
             n, splits, stride, epsilon, step_size, NP=NP, SPLITS=NP // COLUMNS, SCAN=32, num_warps=max(1, NP // 64),
         )  # fmt: skip
     return c[:, steps % 2]

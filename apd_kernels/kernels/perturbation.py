@@ -28,7 +28,7 @@ WHOLE_ROW = 8192  # features up to which a row stays in registers: 16 to a threa
 def _negative(negatives, indices, i, j, K, steps, indices_row, indices_column):
     """The row of n_ij, whether it may be read, and whether there is none (−1). No index is trusted."""
     if indices is None:
-        row = negatives + i * steps[0] + j * steps[1]
+        row = negatives + i * steps[0] + tl.cast(j, tl.int64) * steps[1]
         inside = tl.full((), 1, tl.int1)
         missing = tl.full((), 0, tl.int1)
     else:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from apd_kernels._core.operators import internal_dtype
 from apd_kernels._core.pairing import Pairing
-from apd_kernels._core.rows import per_difference, unit_rows
+from apd_kernels._core.rows import per_difference, row_blocks, unit_rows
 from apd_kernels.prepared import Operands
 from apd_kernels.reference.mining import batch_hard, pair_gradient
 from apd_kernels.reference.perturb_solver import solve
@@ -67,6 +67,25 @@ def negative_perturb(
     norm: str,
 ) -> Tensor:
     """z ← project(z − α · direction(∂/∂z mean_j softplus(d(z, n_j) − d(z, x)))), `steps` times."""
+    count, dimension = x.shape[-2:]
+    each = negatives.shape[-2]
+    blocks = list(row_blocks(count, max(1, each) * dimension, x.shape[:-2].numel()))
+    if len(blocks) > 1:  # rows do not meet
+        parts = [
+            negative_perturb(
+                x[..., rows, :],
+                negatives[..., rows, :, :],
+                valid[..., rows],
+                None if begin is None else begin[..., rows, :],
+                epsilon,
+                step_size,
+                steps,
+                relative,
+                norm,
+            )
+            for rows in blocks
+        ]
+        return torch.cat(parts, -2)
     start, others = x.to(internal_dtype(x)), negatives.to(internal_dtype(x))
 
     def gradient(z: Tensor) -> Tensor:
