@@ -15,8 +15,10 @@ from apd_kernels.reference.mining import batch_hard, pair_gradient
 from apd_kernels.reference.perturb_solver import solve
 from apd_kernels.reference.prepared import prepare_rows
 
-# Up to this share of D the N×N form pays. 10 steps on 2 CPU cores, N×N against direct, ms: 64×2048 3.8 and 21,
-# 256×2048 37 and 144, 512×2048 172 and 268, 64×512 3.3 and 7.8, 128×512 10.8 and 10.9, 256×512 32 and 24.
+# Up to so many rows, and this share of D, the N×N form pays. 10 steps on 2 CPU cores, N×N against direct, ms:
+# 64×2048 1.9 and 10.7, 256×2048 34 and 44, 512×2048 180 and 123, 64×512 1.5 and 6.0, 128×512 7.9 and 9.2,
+# 256×512 25 and 16.
+SOLVER_ROWS = 256
 SOLVER_SHARE = 0.25
 
 
@@ -102,7 +104,7 @@ def negative_perturb(
 
 def _worth_solving(x: Tensor) -> bool:
     """float64 inputs are the oracle's: they take the form that is written like the formula."""
-    small = x.dim() == 2 and 0 < x.shape[0] <= SOLVER_SHARE * x.shape[1]
+    small = x.dim() == 2 and 0 < x.shape[0] <= min(SOLVER_ROWS, SOLVER_SHARE * x.shape[1])
     return small and x.device.type == "cpu" and x.dtype != torch.float64
 
 

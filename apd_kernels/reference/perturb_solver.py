@@ -12,7 +12,7 @@ Two products with X, and steps whose cost does not depend on D. In float64: that
 differences between near-duplicates keep their digits.
 
 Between the products stand some thirty operations a step on a few thousand numbers, where NumPy spends 1 µs a call and
-PyTorch 3: 10 steps of 64×2048 take 1.4 ms on 2 cores, with PyTorch alone 3.7.
+PyTorch 3: 10 steps of 64×2048 take 1.9 ms on 2 cores, with PyTorch alone 3.7.
 """
 
 from __future__ import annotations
@@ -118,4 +118,4 @@ def solve(x: Tensor, labels: Tensor, epsilon: float, step_size: float, steps: in
             displaced *= np.where(outside, radius / np.sqrt(np.where(outside, square, 1)), 1)[:, None]
         np.add(begin, displaced, out=points)
     torch.mm(torch.from_numpy(displaced[:, :n]), rows, out=moved)
-    return torch.add(moved, x, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))  # rounded once
+    return moved.to(torch.float32).add_(x).to(x.dtype)
