@@ -24,6 +24,8 @@ from apd_kernels.prepared import METRICS
 
 pytest.importorskip("faiss")
 
+FILES = 7  # index, keys, ids, cams, zero rows, one column of metadata, manifest
+
 
 def _rows(n: int, d: int = 24, seed: int = 0) -> Tensor:
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
@@ -65,7 +67,7 @@ def test_round_trip(tmp_path: Path, metric: str, n: int) -> None:
     _assert_equal(loaded, gallery)
     loaded.save(path)
     _assert_equal(Gallery.load(path), gallery)
-    assert len(list(path.iterdir())) == 3
+    assert len(list(path.iterdir())) == FILES
 
 
 def test_notes(tmp_path: Path) -> None:
@@ -142,7 +144,7 @@ def _sealed(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(version=2), "saved in format version 2, this release reads up to 1: install a newer one"),
+        (lambda m: m.update(version=3), "saved in format version 3, this release reads up to 2: install a newer one"),
         (lambda m: m.update(format="other"), "expected format 'apd-kernels gallery', got 'other'"),
         (lambda m: m.update(count=6), "damaged: its index or arrays do not fit its manifest"),
         (lambda m: m.update(dim=7), "damaged: its index or arrays do not fit its manifest"),
@@ -157,8 +159,17 @@ def _sealed(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
             lambda m: m["files"]["index.faiss"].update(name="../x-0123456789abcdef.faiss"),
             "is not the name of a data file",
         ),
-        (lambda m: m["files"].update({"index.faiss": m["files"]["arrays.npz"]}), "damaged"),
-        (lambda m: m["files"].update({"arrays.npz": m["files"]["index.faiss"]}), "damaged"),
+        (lambda m: m["files"].update({"index.faiss": m["files"]["keys.npy"]}), "damaged"),
+        (lambda m: m["files"].update({"keys.npy": m["files"]["index.faiss"]}), "damaged"),
+        (lambda m: m["files"].update({"keys.npy": m["files"]["metadata0.npy"]}), "damaged"),
+        (lambda m: m["files"].update({"zero.npy": m["files"]["ids.npy"]}), "damaged"),
+        (lambda m: m.update(index="HNSW8"), "damaged"),
+        (lambda m: m.update(index="Bogus"), "damaged"),
+        (lambda m: m.update(index=7), "damaged"),
+        (lambda m: m.update(next_key="5"), "damaged"),
+        (lambda m: m.update(largest_norm="5"), "damaged"),
+        (lambda m: m.update(fingerprint=5), "damaged"),
+        (lambda m: m.update(metadata=["name", "frame"]), "damaged"),
     ],
 )
 def test_newer_and_foreign_manifests(tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
@@ -258,17 +269,17 @@ def test_full_disk_leaves_the_old_gallery(tmp_path: Path, replacing: bool) -> No
         raise OSError(errno.ENOSPC, "No space left on device")
 
     path = tmp_path / "g"
-    for step in range(1, 7):
+    for step in range(1, FILES + 4):
         shutil.rmtree(path, ignore_errors=True)
         if replacing:
             _filled(5).save(path)
         with _at_step(step, full), pytest.raises(OSError, match="No space left"):
             _filled(8).save(path)
-        committed = step == 6  # the fifth step is the replacement of the manifest
+        committed = step == FILES + 3  # after each file, the folder, and the replacement of the manifest
         assert path.exists() == (replacing or committed)
         if path.exists():
             assert len(Gallery.load(path)) == (8 if committed else 5)
-            assert len(list(path.iterdir())) == 3  # nothing left behind
+            assert len(list(path.iterdir())) == FILES  # nothing left behind
 
 
 def test_full_disk_while_faiss_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +292,7 @@ def test_full_disk_while_faiss_writes(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(OSError, match="No space left"):
         _filled(8).save(path)
     assert len(Gallery.load(path)) == 5
-    assert len(list(path.iterdir())) == 3
+    assert len(list(path.iterdir())) == FILES
 
 
 def _in_child(work: Callable[[], None]) -> int:
@@ -301,7 +312,7 @@ def test_kill_at_every_step(tmp_path: Path, replacing: bool) -> None:
     """SIGKILL before each step of a save: the old gallery or the new one loads, and the next save tidies up."""
     old, new = _filled(5), _filled(8, seed=1)
     seen = set()
-    for step in range(1, 12):
+    for step in range(1, 2 * FILES + 5):
         path = tmp_path / str(step)
         if replacing:
             old.save(path)
@@ -325,7 +336,7 @@ def test_kill_at_every_step(tmp_path: Path, replacing: bool) -> None:
             _assert_equal(loaded, old if len(loaded) == 5 else new)
         new.save(path)
         _assert_equal(Gallery.load(path), new)
-        assert len(list(path.iterdir())) == 3
+        assert len(list(path.iterdir())) == FILES
     assert seen >= ({(True, 5), (True, 8), (False, 8)} if replacing else {(True, 8), (False, 8)})
 
 
@@ -356,4 +367,4 @@ def test_kill_at_any_time_and_read_meanwhile(tmp_path: Path) -> None:
         _assert_equal(loaded, galleries[len(loaded)])
     assert set(sizes) == {200, 300}
     galleries[300].save(path)
-    assert len(list(path.iterdir())) == 3
+    assert len(list(path.iterdir())) == FILES
