@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -217,7 +218,8 @@ class Gallery:
         self._columns.keep(kept)
         if self._approximate is not None:
             self._approximate.renumber(kept)
-            self._approximate.compact(self._rows.matrix(), share=0.5)
+            with contextlib.suppress(ValueError):  # NSG takes no fewer than 101 rows; then its old entries stay
+                self._approximate.compact(self._rows.matrix(), share=0.5)
 
     def update(
         self,
@@ -316,8 +318,9 @@ class Gallery:
         if max_distance is not None:
             far = distances > max_distance
             distances[far], positions[far] = np.inf, -1
+        missing, at = positions < 0, np.maximum(positions, 0)
         columns = (self._columns.keys, self._columns.ids, self._columns.cams)
-        found = (np.append(column.values(), -1)[positions] for column in columns)
+        found = (np.where(missing, -1, column.values()[at] if len(self) else -1) for column in columns)
         return SearchResult(*map(torch.from_numpy, (distances, *found)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -334,6 +337,7 @@ class Gallery:
             GalleryError: `path` is a file or a folder with other content.
             OSError: the folder cannot be written.
             TypeError: `notes` holds something that JSON cannot give back.
+            ValueError: after removals, FAISS cannot index the rows that are left (NSG: fewer than 101).
         """
         check_notes(self.notes)
         indexes = {"index": self._rows.index}
@@ -391,10 +395,8 @@ class Gallery:
                 raise GalleryError(
                     f"{path}: expected a gallery made with the model {fingerprint!r}, got {stored.fingerprint!r}"
                 )
-            kind = "Flat" if engine == "fused" else stored.index
-            gallery = cls(
-                stored.dim, stored.metric, index=kind, engine=engine, device=chosen, fingerprint=stored.fingerprint
-            )
+            about = {"index": stored.index, "fingerprint": stored.fingerprint}
+            gallery = cls(stored.dim, stored.metric, engine=engine, device=chosen, **about)  # type: ignore[arg-type]
             gallery._rows.adopt(stored.rows, mmap, stored.largest_norm, stored.zero)
             if gallery._approximate is not None:
                 gallery._approximate.adopt(stored.approximate, mmap)

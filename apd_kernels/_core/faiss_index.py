@@ -243,12 +243,12 @@ class ApproximateIndex:
         try:
             self.index.add(added)
         except RuntimeError:  # NSG: filled at once or not at all
-            before = before.copy()
-            before[positions[positions < len(before)]] = added[positions < len(before)]
-            every = np.concatenate([before, added[positions >= len(before)]])
-            self.index.reset()
-            self.index.add(every)
-            self.adopt(self.index, shared=False)
+            after = before.copy()
+            old = positions < len(before)
+            after[positions[old]] = added[old]
+            if not self.entries:  # too few first rows have left it half filled
+                self.index.reset()
+            self._refill(np.concatenate([after, added[~old]]))
             return
         self._positions = np.concatenate([self._positions, positions])
 
@@ -264,18 +264,26 @@ class ApproximateIndex:
     def compact(self, rows: np.ndarray, share: float = 0.0) -> None:
         """Fill anew from the gallery's rows where more than `share` of the entries are of no row any more."""
         if (self._positions < 0).sum() > share * self.entries:
-            self._own()
-            self.index.reset()
-            if len(rows):
-                self.index.add(rows)
-            self.adopt(self.index, shared=False)
+            self._refill(rows)
 
     def search(self, queries: np.ndarray, candidates: int, parameters: Mapping[str, int]) -> np.ndarray:
         """Positions of rows, int64 (Q, candidates); −1 where there is none."""
         candidates = min(candidates, self.entries)
         made = search_parameters(self.index, parameters)
         entries = self.index.search(queries, candidates, params=made)[1]
-        return np.append(self._positions, -1)[entries]
+        return np.where(entries < 0, -1, self._positions[entries])
+
+    def _refill(self, rows: np.ndarray) -> None:
+        """Index these rows in place of all entries; ValueError, and nothing has changed, where FAISS refuses them."""
+        faiss = import_faiss()
+        index = faiss.deserialize_index(faiss.serialize_index(self.index))  # a copy, for what training found
+        index.reset()
+        try:
+            if len(rows):
+                index.add(rows)
+        except RuntimeError as error:
+            raise ValueError(f"features: FAISS cannot index them with {self.factory!r}: {reason_of(error)}") from error
+        self.adopt(index, shared=False)
 
     def _own(self) -> None:
         """FAISS ends the process when an index in a mapped file is written to."""

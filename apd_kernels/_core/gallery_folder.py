@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,8 @@ class GalleryError(ValueError):
     """A folder that cannot be loaded as a gallery, or must not be replaced by one."""
 
 
-class Stored(NamedTuple):
+@dataclass(frozen=True)
+class Stored:
     """What a folder holds."""
 
     dim: int
@@ -43,7 +45,7 @@ def write_gallery(path: Path, about: dict[str, Any], indexes: dict[str, Any], ze
         return lambda writer: faiss.write_index(index, faiss.PyCallbackIOWriter(writer.write))
 
     def array_writer(column: Column) -> Callable[[HashingWriter], None]:
-        return lambda writer: np.save(writer, column.values(), allow_pickle=False)  # type: ignore[call-overload]
+        return lambda writer: np.save(writer, column.values(), allow_pickle=False)
 
     arrays = {"keys": columns.keys, "ids": columns.ids, "cams": columns.cams, "zero": zero}
     arrays |= {f"metadata{i}": column for i, column in enumerate(columns.metadata.values())}
