@@ -418,6 +418,19 @@ def test_round_trip_of_every_kind(tmp_path: Path, index: str, mmap: bool, verify
     _assert_equal(Gallery.load(path, device="cpu"), mapped)
 
 
+def test_mapped_arrays_stay_in_their_files(tmp_path: Path) -> None:
+    _of_kind("HNSW8").save(tmp_path / "g")
+    loaded = Gallery.load(tmp_path / "g", device="cpu", mmap=True)
+    loaded.search(_rows(2, 6), 3, exclude_same=(torch.tensor([1, 2]), torch.tensor([1, 2])))
+    columns = loaded._columns
+    for column in (columns.keys, columns.ids, columns.cams, *columns.metadata.values(), loaded._rows.zero):
+        assert isinstance(column.values(), np.memmap)
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        mapped = maps.read_text()
+        assert all(str(file) in mapped for file in (tmp_path / "g").glob("*.faiss"))
+
+
 @pytest.mark.parametrize("index", ["Flat", "IVF4,Flat", "HNSW8"])
 @pytest.mark.parametrize("mmap", [False, True])
 def test_empty_galleries(tmp_path: Path, index: str, mmap: bool) -> None:

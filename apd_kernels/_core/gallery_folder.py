@@ -109,6 +109,7 @@ def _stored(manifest: dict[str, Any], files: dict[str, Path], mmap: bool) -> Sto
     if not fitting or not isinstance(next_key, int):
         return None
     columns = Columns()
-    columns.append(keys, ids, cams, arrays)
-    columns.next_key = max(columns.next_key, next_key)
+    columns.keys, columns.ids, columns.cams = (Column(np.int64, values) for values in (keys, ids, cams))
+    columns.metadata = {name: Column(values.dtype, values) for name, values in arrays.items()}
+    columns.next_key = next_key
     return Stored(dim, metric, kind, fingerprint, notes, rows, approximate, largest, zero, columns)
