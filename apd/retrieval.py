@@ -38,6 +38,7 @@ def note_run(gallery: Gallery, extractor: Extractor, data: Path) -> None:
         data: the data set's folder, to which the image names are relative.
     """
     assert extractor.run is not None
+    gallery.fingerprint = extractor.fingerprint
     gallery.notes = {**extractor.about(), "run": str(extractor.run.resolve()), "data": str(data.resolve())}
 
 
@@ -144,10 +145,10 @@ def search_features(query: FeatureSet, gallery: Gallery, k: int, *, exclude_same
         raise InputError(f"{query.path}: {error}") from error
     names = gallery.metadata.get("name")
     if names is None:
-        names = np.array([f"row {i}" for i in range(len(gallery))])
-    indices = found.indices.numpy()
-    listed = names[np.maximum(indices, 0)] if len(gallery) else np.full(indices.shape, "")
-    return RankedLists(query, gallery.metric, found, np.where(indices < 0, "", listed))
+        names = np.array([f"row {key}" for key in gallery.keys.tolist()])
+    positions = gallery.positions(found.indices).numpy()
+    listed = names[np.maximum(positions, 0)] if len(gallery) else np.full(positions.shape, "")
+    return RankedLists(query, gallery.metric, found, np.where(positions < 0, "", listed))
 
 
 def write_lists(lists: RankedLists, path: Path) -> None:

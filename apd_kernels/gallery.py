@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import json
+import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,55 +12,62 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apd_kernels._core.checks import check_choice, check_features
-from apd_kernels._core.folder import HashingWriter, check_replaceable, load_folder, save_folder
+from apd_kernels._core.checks import check_choice, check_number
+from apd_kernels._core.faiss_index import ApproximateIndex, import_faiss, search_device, search_parameters
+from apd_kernels._core.folder import check_replaceable
+from apd_kernels._core.gallery_columns import Columns, check_notes, integers
+from apd_kernels._core.gallery_folder import FORMAT, GalleryError, Stored, read_gallery, write_gallery
+from apd_kernels._core.gallery_rows import SELECTED_SHARE, Filter, GalleryRows, checked_rows
+from apd_kernels.neighbors import knn
 from apd_kernels.prepared import METRICS
 
-FORMAT = "apd-kernels gallery"
-VERSION = 1
+ENGINES = ("faiss", "fused")
 
-# Rows longer than this overflow float32 in squared distances.
-LARGEST_NORM = 1e18
-# FAISS on a GPU returns at most so many neighbours.
-GPU_LARGEST_K = 2048
 # Candidates asked for beyond k, and how many times more for the queries whose answer they do not settle.
 # On OSNet features (7,900 rows of 512; k = 1, 10, 100; cosine and Euclidean) the first round settles every query; on
 # 19,732 random rows of 2048 in 750 identities all for k = 10, 99.5 % for k = 100. Time over FAISS alone: + 5 to 13 %.
 SPARE, WIDENING = 16, 4
 # Candidates handled at once: 40 bytes each.
 BLOCK_CANDIDATES = 1 << 21
-
-
-class GalleryError(ValueError):
-    """A folder that cannot be loaded as a gallery, or must not be replaced by one."""
+# An approximate index proposes so many rows for each of the k, which exact distances then rank.
+RE_RANKED = 4
+# Where fewer rows than this share may be found, all of them are compared: less work than ten times the candidates.
+FEW = 0.1
 
 
 class SearchResult(NamedTuple):
     """What `Gallery.search` found, nearest first; CPU tensors of shape (Q, k)."""
 
     distances: Tensor  # float32; inf where there is no further row
-    indices: Tensor  # int64, rows in the order in which they were added; -1 where there is none
+    indices: Tensor  # int64 keys: without keys of your own, rows in the order in which they were added; -1 for none
     ids: Tensor  # int64 identities; -1 where there is none
     cams: Tensor  # int64 cameras; -1 where there is none
 
 
 class Gallery:
-    """Feature rows with identities and cameras, searched exactly with FAISS and saved as a folder.
+    """Feature rows with keys, identities and cameras, searched with FAISS and saved as a folder.
 
-    FAISS proposes candidates from products; the distance of each candidate is then recomputed from the two rows, and
-    more candidates are asked for as long as rounding could hide a nearer row. So the result depends on the query and
-    the rows alone: not on the device, the other queries of the call or the number of threads.
+    FAISS proposes candidates; the distance of each candidate is then recomputed from the two rows. With the index
+    ``"Flat"`` more candidates are asked for as long as rounding could hide a nearer row: the result is exact, and
+    depends on the query and the rows alone, not on the device, the other queries of the call or the number of threads.
+    Any other index may miss rows; its distances are exact all the same, and no filter is ever passed over.
 
     Args:
         dim: number of feature dimensions.
         metric: ``"cosine"``, ``"euclidean"``, ``"sqeuclidean"`` or ``"dot"``, as in `pairwise_distance`.
-        device: ``"cpu"`` or ``"cuda"`` (``"cuda:1"``), where FAISS searches; None takes a GPU where FAISS finds one.
+        index: a FAISS factory string, such as ``"Flat"``, ``"IVF1024,Flat"``, ``"HNSW32"`` or ``"PQ32"``. All but
+            ``"Flat"`` are searched on the CPU, beside a copy of the rows in float32.
+        engine: ``"faiss"``, or ``"fused"``: `knn` in place of FAISS, for the index ``"Flat"``; it finds the same up to
+            the rounding of float32.
+        device: ``"cpu"`` or ``"cuda"`` (``"cuda:1"``), where the engine searches; None takes a GPU where it finds one.
             The rows are also kept in main memory.
+        fingerprint: names the model whose features these are. It is saved, and compared wherever one is given.
 
     Raises:
         ImportError: FAISS is not installed (``pip install 'apd-kernels[retrieval]'``).
-        RuntimeError: `device` names a GPU that FAISS does not find.
-        TypeError, ValueError: an argument of the wrong type or choice.
+        RuntimeError: `device` names a GPU that the engine does not find; at the first search: FAISS was built without
+            code for it.
+        TypeError, ValueError: an argument of the wrong type or choice, or a string that FAISS cannot build.
 
     The dictionary `notes` is saved with the gallery: anything about the gallery as a whole that JSON can hold, such as
     the model that made its rows.
@@ -73,42 +79,88 @@ class Gallery:
     >>> found = gallery.search(torch.tensor([[3.0, 4.0]]), k=2)
     >>> found.distances, found.indices, found.ids
     (tensor([[0., 5.]]), tensor([[1, 0]]), tensor([[8, 7]]))
+    >>> gallery.remove(torch.tensor([0]))
+    >>> gallery.search(torch.tensor([[3.0, 4.0]]), k=2, where=gallery.ids == 8, max_distance=4.0).indices
+    tensor([[ 1, -1]])
     """
 
-    def __init__(self, dim: int, metric: str = "cosine", *, device: str | torch.device | None = None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        metric: str = "cosine",
+        *,
+        index: str = "Flat",
+        engine: str = "faiss",
+        device: str | torch.device | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
         _check_positive("dim", dim)
         check_choice("metric", metric, METRICS)
-        faiss = _faiss()
-        self.dim, self.metric = dim, metric
-        self.device = _search_device(device)
-        self._index = faiss.IndexFlatIP(dim) if metric in ("cosine", "dot") else faiss.IndexFlatL2(dim)
-        self._gpu_index: Any = None
-        self._ids, self._cams = _Column(np.int64), _Column(np.int64)
-        self._metadata: dict[str, _Column] = {}
+        check_choice("engine", engine, ENGINES)
+        if fingerprint is not None and not isinstance(fingerprint, str):
+            raise TypeError(f"fingerprint: expected a string, got {type(fingerprint).__name__}")
+        import_faiss()
+        self.dim, self.metric, self.index, self.engine, self.fingerprint = dim, metric, index, engine, fingerprint
+        self.device = search_device(device, engine)
+        self._approximate = None if index == "Flat" else ApproximateIndex(dim, index, metric)
+        if engine == "fused" and index != "Flat":
+            raise ValueError(f"index: expected 'Flat' with engine='fused', got {index!r}")
+        self._rows = GalleryRows(dim, metric, self.device)
+        self._columns = Columns()
         self.notes: dict[str, Any] = {}
-        self._largest_norm = 0.0
-        self._zero_rows = _Column(np.int64)
 
     def __len__(self) -> int:
-        return int(self._index.ntotal)
+        return len(self._rows)
 
     def __repr__(self) -> str:
-        return f"Gallery(dim={self.dim}, metric={self.metric!r}, device={str(self.device)!r}): {len(self)} rows"
+        kind = f"index={self.index!r}, engine={self.engine!r}, device={str(self.device)!r}"
+        return f"Gallery(dim={self.dim}, metric={self.metric!r}, {kind}): {len(self)} rows"
+
+    @property
+    def keys(self) -> Tensor:
+        """Key of every row, int64 (N,), in the order in which the rows were added."""
+        return torch.from_numpy(np.array(self._columns.keys.values()))
 
     @property
     def ids(self) -> Tensor:
         """Identity of every row, int64 (N,); −1 where none was given."""
-        return torch.from_numpy(self._ids.values().copy())
+        return torch.from_numpy(np.array(self._columns.ids.values()))
 
     @property
     def cams(self) -> Tensor:
         """Camera of every row, int64 (N,); −1 where none was given."""
-        return torch.from_numpy(self._cams.values().copy())
+        return torch.from_numpy(np.array(self._columns.cams.values()))
 
     @property
     def metadata(self) -> dict[str, np.ndarray]:
         """The columns of free metadata, each an array of shape (N,)."""
-        return {name: column.values().copy() for name, column in self._metadata.items()}
+        return {name: np.array(column.values()) for name, column in self._columns.metadata.items()}
+
+    def positions(self, keys: Tensor | np.ndarray) -> Tensor:
+        """Where rows stand in `keys`, `ids`, `cams` and `metadata`.
+
+        Args:
+            keys: integers of any shape, such as the `indices` of a result.
+
+        Returns:
+            int64, shape as `keys`; −1 where the gallery has no such key.
+        """
+        flat = torch.as_tensor(keys).detach().cpu().numpy()
+        return torch.from_numpy(self._columns.find(integers("keys", flat.reshape(-1), None)).reshape(flat.shape))
+
+    def train(self, features: Tensor | np.ndarray) -> None:
+        """Train the index, and index the rows that are already there anew; without it, the first `add` trains.
+
+        Args:
+            features: shape (T, dim), alike in kind to those of the gallery; they are not added.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong dtype or shape, rows that are not finite, or too few: the
+                message names how many the index needs. The gallery is then unchanged.
+        """
+        rows = checked_rows("features", features, self.dim, self.metric)
+        if self._approximate is not None:
+            self._approximate.train(rows, self._rows.matrix())
 
     def add(
         self,
@@ -116,8 +168,11 @@ class Gallery:
         ids: Tensor | np.ndarray | None = None,
         cams: Tensor | np.ndarray | None = None,
         metadata: Mapping[str, np.ndarray | Sequence[Any]] | None = None,
+        *,
+        keys: Tensor | np.ndarray | None = None,
+        fingerprint: str | None = None,
     ) -> None:
-        """Append rows; row i of the first call is index i, later calls count on.
+        """Append rows; without `keys`, row i of the first call has key i, and later calls count on.
 
         Args:
             features: shape (N, dim), any floating dtype and device; kept as float32.
@@ -125,24 +180,85 @@ class Gallery:
             cams: camera of each row, integers of shape (N,); −1 is unknown.
             metadata: named columns of N strings, numbers or booleans, such as file names. Every call names the same
                 columns.
+            keys: a number of at least 0 for each row, integers of shape (N,), each once in the gallery. None counts on
+                from the largest key there ever was.
+            fingerprint: of the model that made the features, to be compared with the gallery's.
 
         Raises:
-            TypeError, ValueError: an argument of the wrong dtype or shape, or a row that is not finite in float32; the
-                gallery is then unchanged.
+            TypeError, ValueError: an argument of the wrong dtype or shape, a row that is not finite in float32, a key
+                that is taken, another model, or too few rows to train the index. The gallery is then unchanged.
         """
-        rows = self._checked_rows("features", features)
-        count = len(rows)
-        identities, cameras = _integers("ids", ids, count), _integers("cams", cams, count)
-        columns = self._checked_metadata(metadata or {}, count)
-        start = len(self)
-        if not start:
-            self._metadata = {}  # an empty batch fixes no columns
-        self._index.add(rows)
-        self._ids.append(identities)
-        self._cams.append(cameras)
-        for name, column in columns.items():
-            self._metadata.setdefault(name, _Column(column.dtype)).append(column)
-        self._note(rows, start)
+        self._check_fingerprint(fingerprint)
+        rows = checked_rows("features", features, self.dim, self.metric)
+        count, start = len(rows), len(self)
+        identities, cameras = integers("ids", ids, count), integers("cams", cams, count)
+        columns = self._columns.checked_metadata(metadata or {}, count)
+        new_keys = self._columns.new_keys(keys, count)
+        if self._approximate is not None and count:
+            if not self._approximate.is_trained:
+                self._approximate.train(rows, self._rows.matrix())
+            self._approximate.add(rows, np.arange(start, start + count), self._rows.matrix())
+        self._rows.add(rows)
+        self._columns.append(new_keys, identities, cameras, columns)
+
+    def remove(self, keys: Tensor | np.ndarray) -> None:
+        """Remove rows; the others keep their keys and their order. Many keys at once cost as much as one.
+
+        Args:
+            keys: integers of shape (K,), each once.
+
+        Raises:
+            TypeError, ValueError: a wrong dtype or shape, or keys that are not in the gallery, which is then unchanged.
+        """
+        kept = np.ones(len(self), bool)
+        kept[self._columns.positions("keys", keys)] = False
+        if kept.all():
+            return
+        self._rows.keep(kept)
+        self._columns.keep(kept)
+        if self._approximate is not None:
+            self._approximate.renumber(kept)
+            with contextlib.suppress(ValueError):  # NSG takes no fewer than 101 rows; then its old entries stay
+                self._approximate.compact(self._rows.matrix(), share=0.5)
+
+    def update(
+        self,
+        keys: Tensor | np.ndarray,
+        features: Tensor | np.ndarray | None = None,
+        ids: Tensor | np.ndarray | None = None,
+        cams: Tensor | np.ndarray | None = None,
+        metadata: Mapping[str, np.ndarray | Sequence[Any]] | None = None,
+        *,
+        fingerprint: str | None = None,
+    ) -> None:
+        """Replace what is given of some rows, which keep their keys and places; None leaves a column as it is.
+
+        Args:
+            keys: integers of shape (K,), each once.
+            features, ids, cams, metadata: as in `add`, K rows of each; of the metadata, any of its columns.
+            fingerprint: as in `add`.
+
+        Raises:
+            TypeError, ValueError: as in `add`, or keys that are not in the gallery, which is then unchanged.
+        """
+        self._check_fingerprint(fingerprint)
+        at = self._columns.positions("keys", keys)
+        rows = None if features is None else checked_rows("features", features, self.dim, self.metric)
+        if rows is not None and len(rows) != len(at):
+            raise ValueError(f"features: expected shape ({len(at)}, {self.dim}), got {rows.shape}")
+        given = (("ids", ids, self._columns.ids), ("cams", cams, self._columns.cams))
+        changes = [(column, integers(name, values, len(at))) for name, values, column in given if values is not None]
+        metadata = self._columns.checked_metadata(metadata or {}, len(at), some=True)
+        changes += [(self._columns.metadata[name], values) for name, values in metadata.items()]
+        if rows is not None and len(at):
+            if self._approximate is not None:
+                self._approximate.forget(at)
+                self._approximate.add(rows, at, self._rows.matrix())
+            self._rows.replace(at, rows)
+            if self._approximate is not None:
+                self._approximate.compact(self._rows.matrix(), share=0.5)
+        for column, values in changes:
+            column.replace(at, values)
 
     def search(
         self,
@@ -150,52 +266,69 @@ class Gallery:
         k: int,
         *,
         exclude_same: tuple[Tensor | np.ndarray, Tensor | np.ndarray] | None = None,
+        where: Tensor | np.ndarray | None = None,
+        max_distance: float | None = None,
+        parameters: Mapping[str, int] | None = None,
+        fingerprint: str | None = None,
     ) -> SearchResult:
-        """The k nearest rows of every query, exactly; equal distances are ordered by index.
+        """The k nearest rows of every query; equal distances are ordered by position.
+
+        There are always k of them where the gallery has k that may be found: queries for which an approximate index
+        proposes fewer, and filters that leave less than a tenth of the rows, are searched exactly.
 
         Args:
             queries: shape (Q, dim), any floating dtype and device; taken as float32.
             k: number of rows for each query; more than the gallery has are filled with "none".
             exclude_same: identities and cameras of the queries, integers of shape (Q,) each: rows with the query's
                 identity *and* camera are left out, as in re-identification benchmarks. −1 equals nothing.
+            where: the rows that may be found: bool of shape (N,) in the order of `keys`, or (Q, N) with a choice for
+                each query; or keys, integers of shape (K,).
+            max_distance: farther rows are not found (open-set search); a row at exactly this distance is.
+            parameters: of an approximate index, for this search: ``nprobe``, ``max_codes`` (IVF), ``efSearch`` (HNSW),
+                ``k_factor`` (RFlat).
+            fingerprint: of the model that made the queries, to be compared with the gallery's.
 
         Returns:
             `SearchResult` ``(distances, indices, ids, cams)``. Where there is no further row: inf, −1, −1, −1.
 
         Raises:
-            TypeError, ValueError: an argument of the wrong dtype or shape, a query that is not finite in float32, or
-                `exclude_same` on a gallery without identities or cameras.
+            TypeError, ValueError: an argument of the wrong dtype or shape, a query that is not finite in float32, a
+                parameter that the index does not have, another model, or `exclude_same` on a gallery without
+                identities or cameras.
         """
-        rows = self._checked_rows("queries", queries)
+        self._check_fingerprint(fingerprint)
+        rows = checked_rows("queries", queries, self.dim, self.metric)
         _check_positive("k", k)
-        same = None if exclude_same is None else self._checked_exclusion(exclude_same, len(rows))
+        same = None if exclude_same is None else self._columns.checked_exclusion(exclude_same, len(rows))
+        mask = None if where is None else self._columns.checked_where(where, len(rows))
+        if max_distance is not None:
+            check_number("max_distance", max_distance, minimum=-float("inf") if self.metric == "dot" else 0.0)
+        search_parameters(None if self._approximate is None else self._approximate.index, parameters or {})
+        allowed = Filter(mask, same, self._columns.ids.values(), self._columns.cams.values())
         distances = np.full((len(rows), k), np.inf, np.float32)
-        indices = np.full((len(rows), k), -1, np.int64)
-        unsettled = np.arange(len(rows))
-        candidates = k + SPARE
-        while unsettled.size and len(self):
-            candidates = min(candidates, len(self))
-            left = []
-            for block in _blocks(unsettled, candidates):
-                of_block = None if same is None else (same[0][block], same[1][block])
-                d, i, settled = self._nearest(rows[block], candidates, k, of_block)
-                distances[block, : d.shape[1]], indices[block, : i.shape[1]] = d, i
-                left.append(block[~settled])
-            unsettled = np.concatenate(left)
-            candidates *= WIDENING
-        missing = indices < 0
-        found = np.where(missing, 0, indices)
-        ids, cams = (
-            np.where(missing, -1, column.values()[found] if len(self) else -1) for column in (self._ids, self._cams)
-        )
-        return SearchResult(*map(torch.from_numpy, (distances, indices, ids, cams)))
+        positions = np.full((len(rows), k), -1, np.int64)
+        if len(self) and len(rows):
+            if self.engine == "fused":
+                self._search_fused(rows, allowed, distances, positions)
+            else:
+                left = np.arange(len(rows))
+                if self._approximate is not None:
+                    left = self._search_approximately(rows, allowed, parameters or {}, distances, positions)
+                self._search_exactly(rows, left, allowed, distances, positions)
+        if max_distance is not None:
+            far = distances > max_distance
+            distances[far], positions[far] = np.inf, -1
+        missing, at = positions < 0, np.maximum(positions, 0)
+        columns = (self._columns.keys, self._columns.ids, self._columns.cams)
+        found = (np.where(missing, -1, column.values()[at] if len(self) else -1) for column in columns)
+        return SearchResult(*map(torch.from_numpy, (distances, *found)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the gallery to a folder, or replace the gallery that the folder holds.
 
         The folder holds the FAISS index, the arrays, and ``manifest.json`` with the format's version, dimension,
-        metric, number of rows and checksums. It changes at one atomic step: a save that fails, runs out of disk or is
-        killed leaves the old gallery as it was.
+        metric, number of rows, fingerprint and checksums. It changes at one atomic step: a save that fails, runs out of
+        disk or is killed leaves the old gallery as it was. Nothing of removed rows is written.
 
         Args:
             path: the folder; made where it does not exist.
@@ -204,23 +337,16 @@ class Gallery:
             GalleryError: `path` is a file or a folder with other content.
             OSError: the folder cannot be written.
             TypeError: `notes` holds something that JSON cannot give back.
+            ValueError: after removals, FAISS cannot index the rows that are left (NSG: fewer than 101).
         """
-        faiss = _faiss()
-        _check_notes(self.notes)
-        arrays = {"ids": self._ids.values(), "cams": self._cams.values()}
-        arrays |= {f"metadata.{name}": column.values() for name, column in self._metadata.items()}
-
-        def write_index(writer: HashingWriter) -> None:
-            faiss.write_index(self._index, faiss.PyCallbackIOWriter(writer.write))
-
-        def write_arrays(writer: HashingWriter) -> None:
-            buffer = io.BytesIO()
-            np.savez(buffer, **arrays)  # type: ignore[arg-type]
-            writer.write(buffer.getbuffer())
-
-        fields = {"dim": self.dim, "metric": self.metric, "count": len(self), "notes": self.notes}
-        files = {"index.faiss": write_index, "arrays.npz": write_arrays}
-        save_folder(Path(path), FORMAT, VERSION, fields, files, GalleryError)
+        check_notes(self.notes)
+        indexes = {"index": self._rows.index}
+        if self._approximate is not None:
+            self._approximate.compact(self._rows.matrix())
+            indexes = {"index": self._approximate.index, "rows": self._rows.index}
+        about = {"dim": self.dim, "metric": self.metric, "index": self.index, "fingerprint": self.fingerprint}
+        about |= {"notes": self.notes, "largest_norm": self._rows.largest_norm}
+        write_gallery(Path(path), about, indexes, self._rows.zero, self._columns)
 
     @staticmethod
     def check_destination(path: str | os.PathLike[str]) -> None:
@@ -235,203 +361,115 @@ class Gallery:
         check_replaceable(Path(path), FORMAT, GalleryError)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, device: str | torch.device | None = None) -> Gallery:
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        engine: str = "faiss",
+        device: str | torch.device | None = None,
+        fingerprint: str | None = None,
+        mmap: bool = False,
+        verify: bool = True,
+    ) -> Gallery:
         """Load a gallery saved with `save`; every file is checked against its checksum first.
 
         Args:
             path: the folder.
-            device: as in `Gallery`.
+            engine, device: as in `Gallery`.
+            fingerprint: of the model that makes the queries; the gallery must have been made with it.
+            mmap: leave index and arrays in their files, and read what a search needs; the first change of the gallery
+                copies them to memory. The files are never written to.
+            verify: False trusts the content of the files (their sizes are compared), which opens a large mapped gallery
+                at once. A damaged FAISS index can then end the process.
 
         Raises:
-            GalleryError: the folder does not exist, is damaged or incomplete, holds something else, or was saved by a
-                newer release.
-            ImportError, RuntimeError: as in `Gallery`.
+            GalleryError: the folder does not exist, is damaged or incomplete, holds something else, was saved by a
+                newer release, or was made with another model.
+            ImportError, RuntimeError, ValueError: as in `Gallery`.
         """
-        faiss = _faiss()
-        chosen = _search_device(device)
+        check_choice("engine", engine, ENGINES)
+        chosen = search_device(device, engine)
 
-        def read(manifest: dict[str, Any], files: dict[str, Path]) -> Gallery:
-            try:
-                gallery = cls(manifest["dim"], manifest["metric"], device=chosen)
-                index = faiss.read_index(str(files["index.faiss"]))
-                with np.load(files["arrays.npz"], allow_pickle=False) as stored:
-                    arrays = dict(stored)
-            except (RuntimeError, OSError, ValueError) as failure:
-                raise GalleryError(f"{path}: damaged: {failure}") from failure
-            found = (type(index), index.d, index.metric_type, index.ntotal)
-            expected = (type(gallery._index), gallery.dim, gallery._index.metric_type, manifest["count"])
-            notes = manifest.get("notes", {})  # none in a gallery saved before there were notes
-            fitting = isinstance(notes, dict) and all(x.shape == (manifest["count"],) for x in arrays.values())
-            if found != expected or not fitting:
-                raise GalleryError(f"{path}: damaged: its index or arrays do not fit its manifest")
-            gallery._index = index
-            gallery.notes = notes
-            gallery._ids.append(arrays.pop("ids"))
-            gallery._cams.append(arrays.pop("cams"))
-            for name, values in arrays.items():
-                gallery._metadata[name.removeprefix("metadata.")] = _Column(values.dtype, values)
-            gallery._note(gallery._rows(), 0)
+        def make(stored: Stored) -> Gallery:
+            if fingerprint is not None and stored.fingerprint != fingerprint:
+                raise GalleryError(
+                    f"{path}: expected a gallery made with the model {fingerprint!r}, got {stored.fingerprint!r}"
+                )
+            about = {"index": stored.index, "fingerprint": stored.fingerprint}
+            gallery = cls(stored.dim, stored.metric, engine=engine, device=chosen, **about)  # type: ignore[arg-type]
+            gallery._rows.adopt(stored.rows, mmap, stored.largest_norm, stored.zero)
+            if gallery._approximate is not None:
+                gallery._approximate.adopt(stored.approximate, mmap)
+            gallery._columns, gallery.notes = stored.columns, stored.notes
             return gallery
 
-        gallery: Gallery = load_folder(Path(path), FORMAT, VERSION, read, GalleryError)
+        gallery: Gallery = read_gallery(Path(path), make, mmap=mmap, verify=verify)
         return gallery
 
-    def _rows(self) -> np.ndarray:
-        """The stored float32 rows, (N, dim), not copied: of length 1 (or 0) for "cosine". Valid until the next add."""
-        if not len(self):
-            return np.empty((0, self.dim), np.float32)
-        rows: np.ndarray = _faiss().rev_swig_ptr(self._index.get_xb(), len(self) * self.dim)
-        return rows.reshape(-1, self.dim)
+    def _search_exactly(
+        self, rows: np.ndarray, unsettled: np.ndarray, allowed: Filter, distances: np.ndarray, positions: np.ndarray
+    ) -> None:
+        """Fill the results of these queries, and of more candidates where the first do not settle a query."""
+        k = distances.shape[1]
+        selected = allowed.share < SELECTED_SHARE
+        candidates = k + SPARE
+        while unsettled.size:
+            candidates = min(candidates, len(self))
+            left = []
+            for block in _blocks(unsettled, candidates):
+                d, p, settled = self._rows.nearest(rows[block], candidates, k, allowed.of(block), selected)
+                distances[block, : d.shape[1]], positions[block, : p.shape[1]] = d, p
+                left.append(block[~settled])
+            unsettled = np.concatenate(left)
+            candidates *= WIDENING
 
-    def _note(self, rows: np.ndarray, start: int) -> None:
-        """Keep what the error bound and the cosine of zero rows need to know about new rows."""
-        norms = _norms(rows)
-        self._largest_norm = max(self._largest_norm, float(norms.max(initial=0)))
-        self._zero_rows.append(start + np.flatnonzero(norms == 0))
+    def _search_approximately(
+        self,
+        rows: np.ndarray,
+        allowed: Filter,
+        parameters: Mapping[str, int],
+        distances: np.ndarray,
+        positions: np.ndarray,
+    ) -> np.ndarray:
+        """Fill the results, and name the queries for which too few rows were proposed.
 
-    def _nearest(
-        self, rows: np.ndarray, candidates: int, k: int, same: tuple[np.ndarray, np.ndarray] | None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Distances and indices (≤ k columns) from so many candidates, and whether they settle each query's answer."""
-        scores, indices = self._searcher(candidates).search(rows, candidates)
-        if self.metric == "cosine":
-            scores = 1 - scores
-        elif self.metric == "dot":
-            scores = -scores
-        distances = self._distances(rows, indices)
-        if same is not None:
-            ids, cams = self._ids.values()[indices], self._cams.values()[indices]
-            excluded = (ids == same[0][:, None]) & (cams == same[1][:, None]) & (ids != -1) & (cams != -1)
-            distances[excluded] = np.inf
-            indices = np.where(excluded, len(self), indices)
-        order = np.lexsort((indices, distances))[:, :k]
-        distances, indices = (np.take_along_axis(values, order, 1) for values in (distances, indices))
-        indices[indices == len(self)] = -1
-        if candidates == len(self):
-            return distances, indices, np.ones(len(rows), bool)
-        # Any other row has a score of at least the last candidate's, and a distance that differs from its score by
-        # rounding alone: D products and sums of relative error 2⁻²⁴ on either side.
-        last = distances[:, -1].astype(np.float64)
-        norms = _norms(rows)
-        if self.metric == "euclidean":
-            last = last**2
-        scale = {"cosine": np.ones_like(norms), "dot": norms * self._largest_norm}.get(
-            self.metric, (norms + self._largest_norm) ** 2
+        No selector is given to FAISS: PQ refuses one, HNSW finds next to nothing with a selective one.
+        """
+        assert self._approximate is not None
+        k, every = distances.shape[1], np.arange(len(rows))
+        share = allowed.share * len(self) / self._approximate.entries
+        if share < FEW or k >= len(self):
+            return every
+        candidates = int((RE_RANKED * k + SPARE) / share)
+        left = []
+        for block in _blocks(every, candidates):
+            proposed = self._approximate.search(rows[block], candidates, parameters)
+            d, p = self._rows.ranked(rows[block], proposed, k, allowed.of(block))
+            distances[block, : d.shape[1]], positions[block, : p.shape[1]] = d, p
+            left.append(block[(p >= 0).sum(1) < k])
+        return np.concatenate(left)
+
+    def _search_fused(self, rows: np.ndarray, allowed: Filter, distances: np.ndarray, positions: np.ndarray) -> None:
+        def there(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(np.array(values)).to(self.device)
+
+        same = None
+        if allowed.same is not None:
+            same = (there(allowed.same[0]), there(allowed.ids), there(allowed.same[1]), there(allowed.cams))
+        found = knn(
+            there(rows),
+            self._rows.tensor(),
+            distances.shape[1],
+            metric=self.metric,
+            exclude_same=same,
+            mask=None if allowed.allowed is None else there(allowed.allowed),
+            precision="fp32",  # as exact as FAISS, whatever PyTorch's switch says
         )
-        settled: np.ndarray = last + 4 * (self.dim + 8) * 2.0**-24 * scale < scores[:, -1]
-        return distances, indices, settled
+        distances[:], positions[:] = found.distances.cpu().numpy(), found.indices.cpu().numpy()
 
-    def _distances(self, rows: np.ndarray, indices: np.ndarray) -> np.ndarray:
-        """d(rows[q], stored row indices[q, c]), each from its two rows alone."""
-        faiss = _faiss()
-        distances = np.empty(indices.shape, np.float32)
-        by_index = faiss.fvec_inner_products_by_idx if self.metric == "dot" else faiss.fvec_L2sqr_by_idx
-        stored, at = self._index.get_xb(), np.ascontiguousarray(indices)
-        by_index(faiss.swig_ptr(distances), faiss.swig_ptr(rows), stored, faiss.swig_ptr(at), self.dim, *at.shape)
-        if self.metric == "dot":
-            return 0 - distances
-        if self.metric == "euclidean":
-            return np.sqrt(distances)
-        if self.metric == "cosine":  # of unit rows: ½‖x − y‖², which keeps the digits of small distances
-            distances *= 0.5
-            distances[_norms(rows) == 0] = 1
-            distances[np.isin(indices, self._zero_rows.values())] = 1
-        return distances
-
-    def _searcher(self, candidates: int) -> Any:
-        """The index to ask: on the GPU where it can give so many candidates."""
-        if self.device.type == "cpu" or candidates > GPU_LARGEST_K:
-            return self._index
-        if self._gpu_index is None:
-            faiss = _faiss()
-            self._gpu_index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), self.device.index or 0, self._index)
-        elif self._gpu_index.ntotal < len(self):
-            self._gpu_index.add(self._rows()[self._gpu_index.ntotal :])
-        return self._gpu_index
-
-    def _checked_rows(self, name: str, features: Tensor | np.ndarray) -> np.ndarray:
-        """Finite float32 rows (N, dim) in C order; of length 1 for "cosine"."""
-        if isinstance(features, np.ndarray):
-            if features.dtype.kind != "f":
-                raise TypeError(f"{name}: expected a floating dtype, got {features.dtype}")
-            with np.errstate(over="ignore"):  # reported below, by row
-                features = torch.from_numpy(np.require(features, np.float32, ["C", "W"]))
-        check_features(name, features, sets=False)
-        if features.shape[1] != self.dim:
-            raise ValueError(f"{name}: expected shape (N, {self.dim}), got {tuple(features.shape)}")
-        x = features.detach().to("cpu", torch.float32).contiguous()
-        _reject(name, ~torch.isfinite(x).all(1), "NaN or infinite values (as float32)")
-        if self.metric == "cosine":
-            return _unit_rows(x.numpy())
-        too_long = torch.from_numpy(_norms(x.numpy()) > LARGEST_NORM)
-        _reject(name, too_long, f"a norm over {LARGEST_NORM:g}, whose square overflows in float32,")
-        return x.numpy()
-
-    def _checked_metadata(self, metadata: Mapping[str, Any], count: int) -> dict[str, np.ndarray]:
-        if len(self) and set(metadata) != set(self._metadata):
-            expected, found = sorted(self._metadata) or "none", sorted(metadata) or "none"
-            raise ValueError(f"metadata: expected the columns of the rows before, {expected}, got {found}")
-        columns = {}
-        for name, values in metadata.items():
-            column = np.asarray(values)
-            if column.dtype.kind not in "biufU" and column.size:
-                raise TypeError(f"metadata[{name!r}]: expected strings, numbers or booleans, got {column.dtype}")
-            if column.shape != (count,):
-                raise ValueError(f"metadata[{name!r}]: expected shape ({count},), got {column.shape}")
-            before = self._metadata.get(name)
-            if len(self) and before is not None and before.dtype.kind != column.dtype.kind:
-                raise TypeError(f"metadata[{name!r}]: expected {before.dtype} as before, got {column.dtype}")
-            columns[name] = column
-        return columns
-
-    def _checked_exclusion(self, exclude_same: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
-        if not isinstance(exclude_same, tuple) or len(exclude_same) != 2:
-            raise TypeError(f"exclude_same: expected a pair (ids, cams), got {type(exclude_same).__name__}")
-        for name, column in (("ids", self._ids), ("cams", self._cams)):
-            if len(self) and (column.values() == -1).all():
-                raise ValueError(f"exclude_same: expected a gallery with {name}; its rows were added without")
-        ids, cams = exclude_same
-        return _integers("exclude_same[0]", ids, count), _integers("exclude_same[1]", cams, count)
-
-
-class _Column:
-    """One value for each row, appended in pieces and joined when read."""
-
-    def __init__(self, dtype: Any, values: np.ndarray | None = None) -> None:
-        self.dtype = np.dtype(dtype)
-        self._pieces = [np.empty(0, dtype) if values is None else values]
-
-    def append(self, values: np.ndarray) -> None:
-        self._pieces.append(values)
-
-    def values(self) -> np.ndarray:
-        if len(self._pieces) > 1:
-            self._pieces = [np.concatenate(self._pieces)]
-        return self._pieces[0]
-
-
-def _faiss() -> Any:
-    """FAISS, imported on first use."""
-    try:
-        import faiss
-    except ImportError as error:
-        raise ImportError(
-            f"Gallery needs FAISS, which could not be imported ({error}); install it with: "
-            "pip install 'apd-kernels[retrieval]'"
-        ) from error
-    return faiss
-
-
-def _search_device(device: str | torch.device | None) -> torch.device:
-    gpus = _faiss().get_num_gpus()
-    if device is None:
-        return torch.device("cuda" if gpus else "cpu")
-    chosen = torch.device(device)
-    if chosen.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected 'cpu' or 'cuda', got {str(chosen)!r}")
-    if chosen.type == "cuda" and (chosen.index or 0) >= gpus:
-        raise RuntimeError(f"device: expected a GPU that FAISS can use, got {str(chosen)!r}; FAISS finds {gpus}")
-    return chosen
+    def _check_fingerprint(self, fingerprint: str | None) -> None:
+        if fingerprint is not None and fingerprint != self.fingerprint:
+            raise ValueError(f"fingerprint: expected {self.fingerprint!r} as the gallery, got {fingerprint!r}")
 
 
 def _blocks(queries: np.ndarray, candidates: int) -> Iterator[np.ndarray]:
@@ -440,61 +478,8 @@ def _blocks(queries: np.ndarray, candidates: int) -> Iterator[np.ndarray]:
         yield queries[start : start + size]
 
 
-def _norms(rows: np.ndarray) -> np.ndarray:
-    """‖row‖ in float64."""
-    return np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))
-
-
-def _unit_rows(rows: np.ndarray) -> np.ndarray:
-    """x / ‖x‖ for any finite row, zero for a zero row; the same bits wherever a row lies and whatever is beside it.
-
-    Sums over a row by numpy and PyTorch may depend on its alignment and on the shape; FAISS takes each row alone.
-    """
-    faiss = _faiss()
-    largest = np.abs(rows).max(1, keepdims=True, initial=0)
-    unit = rows / np.where(largest > 0, largest, 1)  # so that no square leaves the range of float32
-    squares = np.empty((len(rows), 1), np.float32)
-    faiss.fvec_norms_L2sqr(faiss.swig_ptr(squares), faiss.swig_ptr(unit), rows.shape[1], len(rows))
-    unit /= np.sqrt(np.where(squares > 0, squares, 1))
-    return unit
-
-
-def _reject(name: str, rows: Tensor, what: str) -> None:
-    """ValueError that names the first of the marked rows."""
-    if rows.any():
-        marked = rows.nonzero().flatten().tolist()
-        first = ", ".join(map(str, marked[:5])) + (", …" if len(marked) > 5 else "")
-        raise ValueError(f"{name}: expected finite rows, got {what} in {len(marked)} of {len(rows)} rows: {first}")
-
-
-def _check_notes(notes: object) -> None:
-    try:
-        if isinstance(notes, dict) and json.loads(json.dumps(notes, allow_nan=False)) == notes:
-            return
-    except (TypeError, ValueError, RecursionError):
-        pass
-    raise TypeError("notes: expected a dictionary with string keys of what JSON can hold: no tuples, arrays or NaN")
-
-
 def _check_positive(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
-
-
-def _integers(name: str, values: Tensor | np.ndarray | None, count: int) -> np.ndarray:
-    """int64 (count,); −1 everywhere for None."""
-    if values is None:
-        return np.full(count, -1, np.int64)
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().numpy()
-    if not isinstance(values, np.ndarray):
-        raise TypeError(f"{name}: expected a torch.Tensor or numpy array, got {type(values).__name__}")
-    if values.dtype.kind not in "iu":
-        raise TypeError(f"{name}: expected an integer dtype, got {values.dtype}")
-    if values.shape != (count,):
-        raise ValueError(f"{name}: expected shape ({count},), got {values.shape}")
-    if values.dtype == np.uint64 and values.size and values.max() > np.iinfo(np.int64).max:
-        raise ValueError(f"{name}: expected values that fit int64, got {values.max()}")
-    return values.astype(np.int64)

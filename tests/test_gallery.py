@@ -15,6 +15,7 @@ from torch import Tensor
 
 from apd_kernels import Gallery, SearchResult, pairwise_distance
 from apd_kernels import gallery as gallery_module
+from apd_kernels._core import faiss_index
 from apd_kernels.prepared import METRICS
 
 faiss = pytest.importorskip("faiss")
@@ -379,6 +380,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[_PretendGpuInd
         made.append(_PretendGpuIndex(index))
         return made[-1]
 
+    monkeypatch.setattr(faiss_index, "check_gpu", lambda number: None)
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
     monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
     monkeypatch.setattr(faiss, "index_cpu_to_gpu", to_gpu, raising=False)
