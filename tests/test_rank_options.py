@@ -163,8 +163,8 @@ def test_other_pieces_in_the_second_pass() -> None:
 def test_modes_of_autograd(operation: Any) -> None:
     """Rows enough for several threads, which have modes of their own."""
     generator = torch.Generator().manual_seed(0)
-    query, gallery = (torch.randn(n, 512, generator=generator) for n in (600, 3000))
-    ids = [torch.randint(0, 50, (n,), generator=generator) for n in (600, 3000)]
+    query, gallery = (torch.randn(n, 512, generator=generator) for n in (2100, 5000))
+    ids = [torch.randint(0, 50, (n,), generator=generator) for n in (2100, 5000)]
 
     def values(query: Tensor, gallery: Tensor) -> list[Any]:
         labels = ids if operation is rank_metrics else [5]

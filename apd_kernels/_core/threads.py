@@ -15,6 +15,10 @@ Result = TypeVar("Result")
 def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """`work` of every item, in order; as many at once as PyTorch has threads, and each of them on one.
 
+    Fewer than four items a thread are taken one after the other, each on all cores: at the end threads would be idle,
+    and their start and their own memory cost more than they bring (560 queries of 3,190 images on 2 cores: 74 ms with
+    threads, 49 without).
+
     A pass of many small operations over a block that stays in one core's cache beats every operation on all cores:
     those wait for each other thousands of times, and for whatever else the machine does.
     """
@@ -26,8 +30,8 @@ def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Re
         with torch.inference_mode(inference), torch.no_grad():
             return work(item)
 
-    threads = min(torch.get_num_threads(), len(every))
-    if threads <= 1:
+    threads = torch.get_num_threads()
+    if threads == 1 or len(every) < 4 * threads:
         return [work(item) for item in every]
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return list(pool.map(alone, every))
