@@ -16,7 +16,7 @@ from torch import Tensor
 from apd_kernels._core.checks import check_floating, check_integers
 from apd_kernels._core.compiler import outside_of_graphs
 from apd_kernels._core.operators import internal_dtype
-from apd_kernels._core.ranks import RankMetrics, check_cameras, check_options, metrics_of_blocks
+from apd_kernels._core.ranks import RankMetrics, check_labels, check_options, metrics_of_blocks
 from apd_kernels.accumulator import RankAccumulator
 
 __all__ = ["RankAccumulator", "RankMetrics", "rank_metrics", "rank_metrics_from_distances"]
@@ -154,12 +154,7 @@ def rank_metrics_from_distances(
     if distances.dim() != 2:
         raise ValueError(f"distances: expected shape (Q, G), got {tuple(distances.shape)}")
     queries, images = distances.shape
-    check_integers("query_ids", query_ids, queries, distances.device)
-    check_integers("gallery_ids", gallery_ids, images, distances.device)
-    check_cameras(query_cams, gallery_cams)
-    if query_cams is not None and gallery_cams is not None:
-        check_integers("query_cams", query_cams, queries, distances.device)
-        check_integers("gallery_cams", gallery_cams, images, distances.device)
+    check_labels(query_ids, gallery_ids, query_cams, gallery_cams, (queries, images), distances.device)
     if exclude is not None:
         check_integers("exclude", exclude, queries, distances.device)
     check_options(ap, ties, max_rank)

@@ -17,14 +17,13 @@ from apd_kernels._core.checks import (
     check_choice,
     check_features,
     check_floating,
-    check_integers,
     check_number,
     check_same_kind,
 )
 from apd_kernels._core.compiler import outside_of_graphs
 from apd_kernels._core.evaluation_rows import largest_of, scale_of
 from apd_kernels._core.operators import implementation_context, internal_dtype
-from apd_kernels._core.ranks import RankMetrics, check_cameras, check_options, metrics_of_blocks
+from apd_kernels._core.ranks import RankMetrics, check_labels, check_options, metrics_of_blocks
 from apd_kernels._core.rows import unit_rows
 from apd_kernels.neighbors import Neighbors
 from apd_kernels.reference import rerank as reference
@@ -143,14 +142,7 @@ class RerankedDistances:
         Raises:
             TypeError, ValueError: as `rank_metrics`.
         """
-        queries, images = self.shape
-        device = self._largest.device
-        check_integers("query_ids", query_ids, queries, device)
-        check_integers("gallery_ids", gallery_ids, images, device)
-        check_cameras(query_cams, gallery_cams)
-        if query_cams is not None and gallery_cams is not None:
-            check_integers("query_cams", query_cams, queries, device)
-            check_integers("gallery_cams", gallery_cams, images, device)
+        check_labels(query_ids, gallery_ids, query_cams, gallery_cams, self.shape, self._largest.device)
         check_options(ap, ties, max_rank)
         return metrics_of_blocks(
             self._block,

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from apd_kernels._core.checks import check_choice
+from apd_kernels._core.checks import check_choice, check_integers
 
 AVERAGE_PRECISIONS = ("rectangular", "trapezoidal")
 TIES = ("pessimistic", "optimistic", "expected")
@@ -203,6 +203,23 @@ def check_options(ap: str, ties: str, max_rank: int) -> None:
         raise TypeError(f"max_rank: expected an int, got {type(max_rank).__name__}")
     if max_rank < 1:
         raise ValueError(f"max_rank: expected at least 1, got {max_rank}")
+
+
+def check_labels(
+    query_ids: Tensor,
+    gallery_ids: Tensor,
+    query_cams: Tensor | None,
+    gallery_cams: Tensor | None,
+    shape: tuple[int, int],
+    device: torch.device,
+) -> None:
+    """Of Q queries and G gallery images, `shape`, on a device."""
+    check_integers("query_ids", query_ids, shape[0], device)
+    check_integers("gallery_ids", gallery_ids, shape[1], device)
+    check_cameras(query_cams, gallery_cams)
+    if query_cams is not None and gallery_cams is not None:
+        check_integers("query_cams", query_cams, shape[0], device)
+        check_integers("gallery_cams", gallery_cams, shape[1], device)
 
 
 def check_cameras(query_cams: Tensor | None, gallery_cams: Tensor | None) -> None:
