@@ -20,13 +20,10 @@ from oracle import assert_close, leaf
 from torch import Tensor
 
 from apd_kernels import (
-    ClusterMemory,
     CrossBatchMemory,
     batch_hard,
     circle_loss,
-    paired_distance,
     pairwise_distance,
-    supervised_contrastive_loss,
     triplet_loss,
     weighted_pairs,
 )
@@ -39,12 +36,12 @@ COMPARED = {
         "test_golden.py::test_batch_hard_triplet",
         "test_losses.py::test_triplet_equals_other_projects",
     ),
-    "bau_align_uniform_domain": ("test_golden.py::test_alignment_and_uniformity",),
+    "bau_align_uniform_domain": ("test_golden_centres.py::test_alignment_and_uniformity",),
     "bau_batch_hard": ("test_golden.py::test_bau_mining",),
     "bau_pairwise_distance": ("test_golden.py::test_distances",),
     "clipreid_SupConLoss": ("test_contrastive.py::test_contrastive_loss_equals_clip_reid",),
     "clustercontrast_ClusterMemory": (
-        "test_golden.py::test_hard_cluster_memory",
+        "test_golden_centres.py::test_hard_cluster_memory",
         "test_memory.py::test_golden_centroids",
         "test_contrastive.py::test_cross_entropy_of_a_memory_equals_cluster_contrast",
     ),
@@ -67,7 +64,7 @@ COMPARED = {
     "pml_ContrastiveLoss": ("test_golden.py::test_pairs_with_margins",),
     "pml_CrossBatchMemory": ("test_golden.py::test_losses_against_a_queue", "test_memory.py::test_golden_queue"),
     "pml_TripletMarginLoss": ("test_golden.py::test_mean_over_active_triplets",),
-    "strongbaseline_CenterLoss": ("test_golden.py::test_distance_to_the_own_centre",),
+    "strongbaseline_CenterLoss": ("test_golden_centres.py::test_distance_to_the_own_centre",),
     "strongbaseline_TripletLoss": (
         "test_golden.py::test_batch_hard_triplet",
         "test_losses.py::test_triplet_equals_other_projects",
@@ -531,74 +528,3 @@ def test_cosface(real_data: Path, backend: Backend) -> None:
                 )
                 loss = F.softplus(sum(of.logsumexp(1) for of in logits)).mean()
                 _agree(loss, x, arrays, tag, 10 * relative, f"{case} {dtype}")
-
-
-def test_alignment_and_uniformity(real_data: Path, backend: Backend) -> None:
-    """BAU's three losses from our distances: value and gradients."""
-    for case, arrays in _golden(real_data, "bau_align_uniform_domain", backend):
-        y, dids, of_centres = (_tensor(arrays[name], backend) for name in ("y", "dids", "center_domains"))
-        for dtype, relative in _kinds(backend):
-            weak, strong = (leaf(torch.from_numpy(arrays[name]), backend.device, dtype) for name in ("f_w", "f_s"))
-            weight, centres = (_tensor(arrays[name], backend, dtype) for name in ("weight", "centers"))
-            what = f"{case} {dtype}"
-            share = weight * (y[:, None] == y)
-            aligned = (pairwise_distance(strong, weak, metric="sqeuclidean") * share).sum() / share.sum()
-            aligned.backward()
-            assert_close(aligned, torch.from_numpy(np.asarray(arrays["align_f64"])), relative, what)
-            for leaf_, name in ((weak, "f_w"), (strong, "f_s")):
-                assert_close(leaf_.grad, torch.from_numpy(arrays[f"align_grad_{name}_f64"]), 10 * relative, what)
-
-            x = leaf(torch.from_numpy(arrays["f_w"]), backend.device, dtype)
-            i, j = torch.triu_indices(len(x), len(x), 1, device=x.device)
-            uniform = (-2 * pairwise_distance(x, metric="sqeuclidean")[i, j]).exp().mean().log()
-            _agree_named(uniform, x, arrays, "uniform", relative, what)
-
-            x = leaf(torch.from_numpy(arrays["f_w"]), backend.device, dtype)
-            d = pairwise_distance(x, centres, metric="sqeuclidean").masked_fill(dids[:, None] != of_centres, torch.inf)
-            nearest = d.topk(len(x) + 1, largest=False).values[:, 1:]
-            _agree_named((-2 * nearest).exp().mean().log(), x, arrays, "domain", relative, what)
-
-
-def _agree_named(loss: Tensor, x: Tensor, arrays: Case, name: str, relative: float, what: str) -> None:
-    found = {"loss_f64": arrays[f"{name}_f64"], "grad_f64": arrays[f"{name}_grad_f64"]}
-    _agree(loss, x, found, "", relative, f"{name} {what}")
-
-
-def test_distance_to_the_own_centre(real_data: Path, backend: Backend) -> None:
-    """The center loss, from paired distances; its clamp adds 1e-12 for every other class."""
-    for case, arrays in _golden(real_data, "strongbaseline_CenterLoss", backend):
-        labels = _tensor(arrays["labels"], backend)
-        for dtype, relative in _kinds(backend):
-            x, centres = (leaf(torch.from_numpy(arrays[of]), backend.device, dtype) for of in ("embeddings", "centers"))
-            loss = paired_distance(x, centres[labels], metric="sqeuclidean").mean() + 1e-12 * (len(centres) - 1)
-            _agree(loss, x, arrays, "", relative, f"{case} {dtype}")
-            assert_close(centres.grad, torch.from_numpy(arrays["grad_centers_f64"]), 10 * relative, case)
-
-
-def test_hard_cluster_memory(real_data: Path, backend: Backend) -> None:
-    """Cluster Contrast's hard form: its loss is that of the other form, and a memory moves by one sample an identity.
-
-    That is the sample least similar to its centroid, which is left to the caller of `ClusterMemory.update`.
-    """
-    compared = 0
-    for case, arrays in _golden(real_data, "clustercontrast_ClusterMemory", backend, "hard1"):
-        for dtype, relative in _kinds(backend):
-            relative = max(relative, 1e-7)  # the other side keeps its momentum in float32
-            memory = ClusterMemory(12, 32, momentum=float(arrays["momentum"]), dtype=dtype, device=backend.device)
-            memory.centroids.copy_(_tensor(arrays["features_before"], backend))
-            memory.valid.fill_(True)
-            for step in (1, 2):
-                x = leaf(torch.from_numpy(arrays[f"inputs{step}"]), backend.device, dtype)
-                labels, rows = _tensor(arrays[f"targets{step}"], backend), F.normalize(x)
-                loss = supervised_contrastive_loss(
-                    rows, labels, *memory.rows(), metric="dot", temperature=float(arrays["temp"])
-                )
-                found = {f"{key}_f64": arrays[f"{key}{step}_f64"] for key in ("loss", "grad")}
-                _agree(loss, x, found, "", relative, f"{case} step {step}")
-                to_own = paired_distance(rows.detach(), memory.centroids[labels], metric="dot")
-                order = to_own.argsort(descending=True)
-                hardest = torch.stack([order[labels[order] == label][0] for label in labels.unique()])
-                memory.update(rows[hardest], labels[hardest])
-                assert_close(memory.centroids, torch.from_numpy(arrays[f"features_after{step}_f64"]), relative, case)
-        compared += 1
-    assert compared == (1 if backend.interpreted else 3)
