@@ -77,8 +77,14 @@ def _expected(arrays: dict[str, np.ndarray], metric: str, ap: str) -> dict[str, 
         "mINP": np.mean(penalties),
         "num_queries": len(query["pids"]),
         "num_valid_queries": len(hits),
+        "num_left_out_queries": len(query["pids"]) - len(hits),
         "metric": metric,
         "ap": ap,
+        "ties": "pessimistic",
+        "re_ranking": False,
+        "single_shot": False,
+        "exclude_self": False,
+        "descriptor": None,
     }
 
 
