@@ -69,7 +69,7 @@ def print_extractor(about: Mapping[str, Any]) -> None:
         ("images", f"{height} × {width} pixels; flip test {'on' if about['flip_test'] else 'off'}"),
     ]
     if "descriptor" in about:
-        smoothing = about["label_smoothing"]
+        smoothing = about.get("label_smoothing")
         facts.append(("descriptor", f"{about['descriptor']}; trained with label smoothing {smoothing or 'off'}"))
     _facts(*facts)
 
@@ -101,7 +101,7 @@ def print_conventions(result: Evaluation, query: FeatureSet, gallery: FeatureSet
         ("query", _contents(query)),
         ("gallery", _shards(gallery) if isinstance(gallery, GalleryShards) else _contents(gallery)),
         ("queries", counted),
-        ("left out", "the query itself" if how.exclude_self else "images of the query's identity in its own camera"),
+        ("removed", "the query itself" if how.exclude_self else "images of the query's identity in its own camera"),
         ("distance", f"{how.metric}, {query.dim} dimensions"),
         ("AP", _AP[how.ap]),
         ("ties", _TIES[how.ties]),

@@ -18,6 +18,8 @@ from apd.features import FeatureSet, difference
 from apd.ranked_lists import RankedLists
 from apd_kernels import Gallery, RerankedDistances, SearchResult, k_reciprocal_rerank
 
+_OPTIONS = {"max_distance": "--max-distance", "parameters": "--parameter"}  # by the argument that they are given to
+
 
 def index_features(rows: FeatureSet, metric: str, *, index: str = "Flat", device: str | None = None) -> Gallery:
     """A gallery of the rows, with the image names as metadata ``"name"`` beside the file's columns.
@@ -197,7 +199,8 @@ def search_features(
             query.features, k, exclude_same=exclude, where=where, max_distance=max_distance, parameters=parameters
         )
     except ValueError as error:
-        raise InputError(f"{query.path}: {error}") from error
+        argument = str(error).partition(":")[0]
+        raise InputError(f"{_OPTIONS.get(argument, query.path)}: {error}") from error
     positions = gallery.positions(found.indices).numpy()
     return RankedLists(query, gallery.metric, found, _listed(_names(gallery), positions))
 

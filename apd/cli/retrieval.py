@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,7 +26,6 @@ from apd.cli.features import (
 from apd.errors import InputError
 
 if TYPE_CHECKING:
-    from apd.ranked_lists import RankedLists
     from apd_kernels import Gallery
 
 
@@ -196,18 +195,16 @@ def search(
     """The nearest gallery images of each query: of an image, or of each row of a feature file."""
     if (features is None) == (not query):
         raise InputError("give either --query IMAGE or --features")
-    for option, value in {"--id": id, "--camera": camera, "--checkpoint": checkpoint}.items():
-        if features is not None and value is not None:
-            raise InputError(f"{option}: is for --query IMAGE, not for --features")
+    of_images = {"--id": id, "--camera": camera, "--checkpoint": checkpoint}
+    of_pictures = {"--data": data, "--query-data": query_data}
+    of_distances = {"--max-distance": max_distance, "--parameter": parameter or None}
     drawn = picture is not None or report is not None
-    for option, value in {"--data": data, "--query-data": query_data}.items():
-        if value is not None and not drawn:
-            raise InputError(f"{option}: is for --picture and --report")
-    if query and query_data is not None:
-        raise InputError("--query-data: is for --features, not for --query IMAGE")
-    for option, given in {"--max-distance": max_distance, "--parameter": parameter}.items():
-        if rerank is not None and given is not None:
-            raise InputError(f"{option} with --rerank: is for the distances of the features, not for re-ranked ones")
+    _refuse(features is not None, of_images, "is for --query IMAGE, not for --features")
+    _refuse(features is None, {"--query-data": query_data}, "is for --features, not for --query IMAGE")
+    _refuse(not drawn, of_pictures, "is for --picture and --report")
+    _refuse(rerank is not None, of_distances, "is for distances of features, not for re-ranked ones by --rerank")
+    if drawn and features is not None and not show:
+        raise InputError("--show 0: leaves no list for --picture or --report to draw")
     parameters = _parameters(parameter or ())
     check_file(output, "--output", (".json", ".csv", ".npz"))
     check_file(picture, "--picture", (".png", ".jpg", ".jpeg"))
@@ -216,6 +213,7 @@ def search(
     from apd import display
     from apd.features import load_features
     from apd.ranked_lists import write_lists
+    from apd.ranked_picture import write_ranked_picture
     from apd.retrieval import (
         check_fits,
         data_of,
@@ -225,11 +223,10 @@ def search(
         search_features,
         search_reranked,
     )
+    from apd.search_report import write_search_report
 
     images = _loaded(gallery, engine, device)
     reranking = reranking_of(rerank, images.metric, k1, k2, share)
-    if max_distance is not None and not max_distance >= 0:
-        raise InputError(f"--max-distance {max_distance:g}: expected at least 0")
     rows = rows_where(images, where or ())
     folder = data_of(images, gallery, data) if drawn else None
     if features is not None:
@@ -261,32 +258,28 @@ def search(
     if output is not None:
         write_lists(lists, output)
         display.print_written(output)
-    if folder is not None:
-        shown = lists if query else lists.first(show).located(query_data or folder)
+    if folder is None:
+        return
+    shown = lists if query else lists.first(show).located(query_data or folder)
+    if picture is not None:
+        write_ranked_picture(shown, folder, picture)
+        display.print_written(picture)
+    if report is not None:
         facts = {
             "gallery": f"{gallery.resolve().name}, {display.count(len(images), 'image')}, index {images.index}",
-            "where": ", ".join(where or ()) or "all images",
+            "searched": ", ".join(where or ()) or "all images",
             "same camera": "left out where the identity is the same" if exclude_same_camera else "listed",
             "largest distance": "any" if max_distance is None else f"{max_distance:g}",
         }
-        _draw(shown, len(queries), folder, picture, report, facts)
-
-
-def _draw(
-    lists: RankedLists, total: int, folder: Path, picture: Path | None, report: Path | None, facts: dict[str, str]
-) -> None:
-    from apd import display
-    from apd.ranked_picture import write_ranked_picture
-    from apd.search_report import write_search_report
-
-    if not len(lists.query):
-        raise InputError("--show 0: no list to draw by --picture or --report")
-    if picture is not None:
-        write_ranked_picture(lists, folder, picture)
-        display.print_written(picture)
-    if report is not None:
-        write_search_report(lists, total, folder, report, facts)
+        write_search_report(shown, len(queries), folder, report, facts)
         display.print_written(report)
+
+
+def _refuse(where: bool, options: Mapping[str, object], reason: str) -> None:
+    """InputError for the first of these options that is given."""
+    for option, value in options.items():
+        if where and value is not None:
+            raise InputError(f"{option}: {reason}")
 
 
 def _gallery_to_append(path: Path, metric: str | None, factory: str | None) -> Gallery:
