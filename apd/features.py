@@ -164,6 +164,8 @@ def map_array(path: Path) -> np.ndarray:
         array: np.ndarray = np.lib.format.open_memmap(path, mode="c")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: expected a file, found a folder") from None
     except ValueError as error:
         raise InputError(f"{path}: not an .npy file of numbers, or cut off or damaged") from error
     return array

@@ -240,6 +240,7 @@ def test_wrong_distances(tmp_path: Path, features: Path, arrays: dict[str, np.nd
     ):
         np.save(path, content)
         assert message in error(*evaluate)
+    assert "expected a file, found a folder" in error("evaluate", "--features", features, "--distances", tmp_path)
     path.write_bytes(path.read_bytes()[:-1])
     assert "not an .npy file of numbers, or cut off or damaged" in error(*evaluate)
 

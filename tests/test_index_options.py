@@ -42,6 +42,9 @@ def test_any_index(tmp_path: Path, rows: dict[str, np.ndarray], factory: str) ->
     loaded = Gallery.load(gallery)
     assert loaded.index == factory
     found = loaded.search(rows["features"].astype(np.float32), 1)
+    expected = rows["features"].astype(np.float64)
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(loaded.features, expected, atol=1e-6)
     same = (found.ids[:, 0].numpy() == rows["pids"]).mean()
     assert same > 0.95  # a row is its own nearest
 
