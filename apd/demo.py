@@ -35,7 +35,8 @@ from apd.display import console, print_written
 from apd.errors import InputError
 from apd.extraction import Extractor, extract_folder, load_extractor
 from apd.files import write_json
-from apd.retrieval import RankedLists, describe_queries, extractor_of, index_features, note_run, search_features
+from apd.ranked_lists import RankedLists
+from apd.retrieval import describe_queries, extractor_of, index_features, note_run, search_features
 from apd.run import CONFIG
 from apd.training.train import start_run, train_run
 from apd_kernels import Gallery

@@ -17,7 +17,7 @@ from apd.data.images import load_image
 from apd.data.market import ReidFolder, read_market
 from apd.display import count
 from apd.environment import describe_environment
-from apd.retrieval import RankedLists
+from apd.ranked_lists import RankedLists
 from apd.run import METRICS, Run
 from apd.synthesis import synthesized_path
 from apd.training.log import read_metrics

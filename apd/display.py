@@ -16,11 +16,16 @@ from rich.text import Text
 
 from apd.evaluation import RANKS, Evaluation
 from apd.features import SPLITS, FeatureSet
-from apd.retrieval import RankedLists
+from apd.ranked_lists import RankedLists
+from apd.shards import GalleryShards
 from apd_kernels import Gallery
 
 console = Console(highlight=False)
-_TIES = "pessimistic: a wrong image at the distance of a right one comes first"
+_TIES = {
+    "pessimistic": "pessimistic: a wrong image at the distance of a right one comes first",
+    "optimistic": "optimistic: a right image at the distance of a wrong one comes first",
+    "expected": "expected: the mean over all orders of the images at one distance",
+}
 _AP = {
     "rectangular": "rectangular: mean precision at the right images",
     "trapezoidal": "trapezoidal: mean of the precision before and at each right image",
@@ -64,7 +69,7 @@ def print_extractor(about: Mapping[str, Any]) -> None:
         ("images", f"{height} × {width} pixels; flip test {'on' if about['flip_test'] else 'off'}"),
     ]
     if "descriptor" in about:
-        smoothing = about["label_smoothing"]
+        smoothing = about.get("label_smoothing")
         facts.append(("descriptor", f"{about['descriptor']}; trained with label smoothing {smoothing or 'off'}"))
     _facts(*facts)
 
@@ -77,31 +82,61 @@ def print_extracted(rows: FeatureSet, absent: list[str]) -> None:
     _facts(("features", f"{rows.dim} dimensions"))
 
 
-def print_evaluation(result: Evaluation, query: FeatureSet, gallery: FeatureSet) -> None:
-    left_out = result.num_queries - result.num_valid_queries
-    counted = f"{result.num_valid_queries:,} counted, {left_out:,} left out"
-    if left_out:
-        counted += " (no gallery image of their identity in another camera)"
+def print_evaluation(result: Evaluation, query: FeatureSet, gallery: FeatureSet | GalleryShards) -> None:
+    """How it was evaluated, and the figures."""
+    print_conventions(result, query, gallery)
+    print_figures({"": result})
+
+
+def print_conventions(result: Evaluation, query: FeatureSet, gallery: FeatureSet | GalleryShards) -> None:
+    """Model, data, and what code bases disagree on."""
+    if query.about:
+        print_extractor(query.about)
+    how = result.conventions
+    counted = f"{result.num_valid_queries:,} counted, {result.left_out:,} left out"
+    where = "" if how.exclude_self else " in another camera"
+    if result.left_out:
+        counted += f" (no gallery image of their identity{where})"
     _facts(
         ("query", _contents(query)),
-        ("gallery", _contents(gallery)),
+        ("gallery", _shards(gallery) if isinstance(gallery, GalleryShards) else _contents(gallery)),
         ("queries", counted),
-        ("distance", f"{result.metric}, {query.dim} dimensions"),
-        ("AP", _AP[result.ap]),
-        ("ties", _TIES),
-        ("re-ranking", "off"),
+        ("removed", "the query itself" if how.exclude_self else "images of the query's identity in its own camera"),
+        ("distance", f"{how.metric}, {query.dim} dimensions"),
+        ("AP", _AP[how.ap]),
+        ("ties", _TIES[how.ties]),
+        ("re-ranking", "off" if how.reranking is None else str(how.reranking)),
     )
-    values = {**{f"rank-{k}": result.cmc[k] for k in RANKS}, "mAP": result.mAP, "mINP": result.mINP}
+    if how.single_shot is not None:
+        draws = count(how.single_shot, "draw")
+        _facts(("single shot", f"rank-k: mean of {draws} of one image of each identity, seed {how.seed}; mAP: of all"))
+
+
+def print_figures(results: Mapping[str, Evaluation]) -> None:
+    """A line of figures for each result, after its name."""
+    named = any(results)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in values:
+    for name in (*([""] if named else []), *(f"rank-{k}" for k in RANKS), "mAP", "mINP"):
         table.add_column(name)
-    table.add_row(*(f"{value:.6f}" for value in values.values()), style="bold")
+    for name, result in results.items():
+        figures = [f"{value:.6f}" for value in (*(result.cmc[k] for k in RANKS), result.mAP, result.mINP)]
+        table.add_row(*([name] if named else []), *figures, style="bold")
     console.print()
     console.print(table)
 
 
+def _shards(gallery: GalleryShards) -> str:
+    sizes = [count(len(gallery), "image"), count(gallery.identities, "identity", "identities")]
+    return f"{', '.join([*sizes, count(gallery.cameras, 'camera')])}; {count(len(gallery.paths), 'file')}"
+
+
 def print_indexed(gallery: Gallery, rows: FeatureSet) -> None:
-    _facts(("indexed", _contents(rows)), ("distance", f"{gallery.metric}, {gallery.dim} dimensions"))
+    _facts(
+        ("indexed", _contents(rows)),
+        ("gallery", count(len(gallery), "image")),
+        ("distance", f"{gallery.metric}, {gallery.dim} dimensions"),
+        ("index", gallery.index),
+    )
 
 
 def print_lists(lists: RankedLists, gallery: Gallery, show: int) -> None:
@@ -110,6 +145,14 @@ def print_lists(lists: RankedLists, gallery: Gallery, show: int) -> None:
         ("query", _contents(query)),
         ("gallery", f"{count(len(gallery), 'image')}, {gallery.metric} distance, {gallery.dim} dimensions"),
     )
+    if lists.reranking is not None:
+        _facts(("re-ranking", str(lists.reranking)))
+    print_ranks(lists, show)
+
+
+def print_ranks(lists: RankedLists, show: int) -> None:
+    """The lists of the first queries, and how many are right at rank 1."""
+    query = lists.query
     for i in range(min(show, len(query))):
         pid, camera, name = lists.describe(i)
         console.print()

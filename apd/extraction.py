@@ -121,6 +121,7 @@ def extract_folder(
         pids=np.array([sample.pid for *_, sample in samples], np.int32),
         camids=np.array([sample.camid for *_, sample in samples], np.int32),
         split=np.array([split for split, *_ in samples], np.int8),
+        about=extractor.about(),
     )
 
 

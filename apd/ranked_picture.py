@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from apd.data.images import load_image
 from apd.errors import InputError
 from apd.files import replacing
-from apd.retrieval import RankedLists
+from apd.ranked_lists import RankedLists
 
 RIGHT, WRONG, UNKNOWN = (34, 139, 34), (200, 30, 30), (150, 150, 150)
 _BOX, _FRAME, _GAP = (96, 192), 4, 10  # pixels; a box is (width, height)

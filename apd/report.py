@@ -21,10 +21,12 @@ from PIL import Image
 from apd.comparison import Chance, Difference, Retrieval
 from apd.config import SETTINGS, Config, shown, value_of
 from apd.data.images import load_image
+from apd.errors import InputError
 from apd.files import write_text
-from apd.retrieval import RankedLists
+from apd.ranked_lists import RankedLists
 
 TEMPLATE = "report_template.html.jinja"
+_SIGNS = {"right": "✓", "wrong": "✗", "": ""}
 _LARGEST = 192  # pixels of an embedded image's height: twice what is shown, for fine screens
 
 
@@ -49,6 +51,7 @@ class Tile:
     images: Sequence[str]  # data: addresses
     caption: Sequence[str]  # lines
     frame: str = ""  # "right", "wrong" or none
+    missing: str = ""  # the name of an image that cannot be shown
 
 
 @dataclass(frozen=True)
@@ -197,28 +200,38 @@ def choose_queries(found: Retrieval) -> list[int]:
 
 
 def ranked_strips(lists: RankedLists, queries: Sequence[int], folder: Path, notes: Sequence[str]) -> list[Strip]:
-    """Queries with their nearest gallery images, in green and red frames.
+    """Queries with their nearest gallery images, in green and red frames, or in none where a query's identity is not
+    known. An image that cannot be read is an empty box with its name.
 
     Args:
         lists: with image files as query names; the found names are relative to `folder`.
         queries: which of them.
         folder: the gallery's data set.
         notes: a few words on each query.
-
-    Raises:
-        InputError: an image cannot be read.
     """
     strips = []
     for query, note in zip(queries, notes, strict=True):
         pid, camera, name = lists.describe(query)
+        known = pid not in (None, -1)
         tiles = []
         for rank, (_, found, found_camera, found_name, distance) in enumerate(lists.matches(query), 1):
-            right = found == pid
-            caption = (f"{rank} {'✓' if right else '✗'}", f"camera {found_camera}", f"{distance:.3f}")
-            tiles.append(Tile([picture(folder / found_name)], caption, "right" if right else "wrong"))
-        first = Tile([picture(Path(name))], ("query", f"camera {camera}", f"identity {pid}"))
-        strips.append(Strip(note, first, tiles))
+            frame = "" if not known else "right" if found == pid else "wrong"
+            place = f"{rank} {_SIGNS[frame]}".rstrip()
+            caption = (place, *_labels(("camera", found_camera)), f"{distance:.3f}")
+            tiles.append(_tile(folder / found_name, caption, frame))
+        strips.append(Strip(note, _tile(Path(name), ("query", *_labels(("camera", camera), ("identity", pid)))), tiles))
     return strips
+
+
+def _labels(*values: tuple[str, int | None]) -> list[str]:
+    return [f"{name} {value}" for name, value in values if value not in (None, -1)]
+
+
+def _tile(path: Path, caption: Sequence[str], frame: str = "") -> Tile:
+    try:
+        return Tile([picture(path)], caption, frame)
+    except InputError:
+        return Tile([], caption, frame, missing=path.name)
 
 
 # Synthesized images

@@ -132,6 +132,11 @@ class Gallery:
         return torch.from_numpy(np.array(self._columns.cams.values()))
 
     @property
+    def features(self) -> Tensor:
+        """The rows, float32 (N, dim) on the CPU, a copy; with metric ``"cosine"`` at length 1."""
+        return torch.from_numpy(self._rows.matrix().copy())
+
+    @property
     def metadata(self) -> dict[str, np.ndarray]:
         """The columns of free metadata, each an array of shape (N,)."""
         return {name: np.array(column.values()) for name, column in self._columns.metadata.items()}

@@ -19,29 +19,13 @@ pytest.importorskip("faiss")
 
 from command_line import error as _error
 from command_line import run as _run
+from feature_files import draw_features as _arrays
+from feature_files import write as _file
 
 from apd.files import write_text
 from apd_kernels import Gallery
 
-COMMANDS = ("train", "synthesize", "config", "extract", "evaluate", "index", "search", "demo", "env")
-
-
-def _arrays(n: int = 90, dim: int = 12, seed: int = 0) -> dict[str, np.ndarray]:
-    random = np.random.default_rng(seed)
-    pids = random.integers(1, 9, n)
-    features = random.standard_normal((10, dim))[pids] + 0.8 * random.standard_normal((n, dim))
-    return {
-        "features": features.astype(np.float16),
-        "pids": pids.astype(np.int32),
-        "camids": random.integers(1, 4, n).astype(np.int32),
-        "split": np.sort(random.integers(0, 3, n)).astype(np.int8),
-        "names": np.array([f"image {i} é.jpg" for i in range(n)]),
-    }
-
-
-def _file(path: Path, arrays: dict[str, Any]) -> Path:
-    np.savez(path, **arrays)
-    return path
+COMMANDS = ("train", "synthesize", "config", "extract", "evaluate", "rerank", "index", "search", "demo", "env")
 
 
 @pytest.fixture
@@ -77,8 +61,14 @@ def _expected(arrays: dict[str, np.ndarray], metric: str, ap: str) -> dict[str, 
         "mINP": np.mean(penalties),
         "num_queries": len(query["pids"]),
         "num_valid_queries": len(hits),
+        "num_left_out_queries": len(query["pids"]) - len(hits),
         "metric": metric,
         "ap": ap,
+        "ties": "pessimistic",
+        "re_ranking": False,
+        "single_shot": False,
+        "exclude_self": False,
+        "descriptor": None,
     }
 
 

@@ -21,6 +21,7 @@ from apd.comparison import Chance, Difference, Retrieval
 from apd.config_files import load_config
 from apd.errors import InputError
 from apd.features import FeatureSet
+from apd.ranked_lists import RankedLists
 from apd.report import (
     Commands,
     Plot,
@@ -42,7 +43,6 @@ from apd.report import (
     verdict,
     write_report,
 )
-from apd.retrieval import RankedLists
 from apd_kernels import SearchResult
 
 OUTSIDE = re.compile(r"(?:https?:)?//|@import|<script|<link|<iframe|url\(", re.IGNORECASE)

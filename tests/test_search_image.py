@@ -227,7 +227,7 @@ def test_a_gallery_of_features(data: Path, checkpoint: Path, tmp_path: Path) -> 
     [
         ([], "give either --query IMAGE or --features"),
         (["--query", "q.png", "--features", "f.npz"], "give either --query IMAGE or --features"),
-        (["--features", "f.npz", "--picture", "p.png"], "--picture: is for --query IMAGE"),
+        (["--features", "f.npz", "--checkpoint", "r"], "--checkpoint: is for --query IMAGE"),
         (["--features", "f.npz", "--id", "3"], "--id: is for --query IMAGE"),
         (["--query", "q.png", "--picture", "p.gif"], "expected a name that ends in .png or .jpg"),
         (["--query", "q.png", "--picture", "absent/p.png"], "there is no folder absent"),

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import typer
 
-from apd.cli.retrieval import FILE_HELP, evaluate, extract, index, search
+from apd.cli.evaluation import evaluate, rerank
+from apd.cli.features import FILE_HELP, extract
+from apd.cli.retrieval import index, search
 from apd.cli.tools import demo, env
 from apd.cli.training import show, synthesize, train
 
@@ -20,7 +22,7 @@ app = typer.Typer(
 )
 for command in (train, synthesize):
     app.command()(command)
-for command in (extract, evaluate, index, search):
+for command in (extract, evaluate, rerank, index, search):
     app.command(epilog=FILE_HELP)(command)
 for command in (demo, env):
     app.command()(command)
