@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from apd.config import Config, MPGConfig
+from apd.data.augmentation import as_floats
 from apd.data.images import ImageStore
-from apd.data.loading import as_floats, images_in_order, training_batches
+from apd.data.loading import images_in_order, training_batches
 from apd.errors import InputError
 from apd.models.mpgnet import Discriminator, Generator, discriminator_loss, generator_losses
 from apd.models.trunk import Trunk
