@@ -16,6 +16,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from apd.config import TrainConfig
+from apd.display import console
 from apd.errors import InputError
 from apd.training.log import StageLog
 
@@ -26,12 +27,14 @@ _Result = TypeVar("_Result")
 
 
 def join(device: str) -> None:
-    """Join the processes that a launcher has started; without one, nothing.
+    """Join the processes that a launcher has started; without one, nothing. Only the first one prints.
 
     Args:
         device: ``"cpu"`` (gloo) or ``"cuda"`` (NCCL, a GPU for each process).
     """
     PartialState(cpu=device == "cpu", timeout=_PATIENCE)
+    if rank() > 0:
+        console.quiet = True
 
 
 def world_size() -> int:

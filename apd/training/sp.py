@@ -54,8 +54,9 @@ def check_sp(sources: Sources, config: Config) -> None:
     """Raise now what would end stage 2 before its first step, and so waste a stage 1.
 
     Raises:
-        InputError: too few identities, or a backbone or weights that are not to be had.
+        InputError: too few identities, or too few for the processes; a backbone or weights that are not to be had.
     """
+    own_rows(config.train)
     _sampler(sources, config)
     build_spnet(config.model, (config.data.height, config.data.width), sources.identities)
 

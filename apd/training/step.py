@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +17,16 @@ from apd.training.losses import latent_loss, spnet_losses
 from apd.training.ranks import average_gradients, rank
 from apd_kernels import gather_features
 
-STREAM = 2  # of random numbers; stage 1 has another
+_NETWORK, _LOSSES = 2, 3  # streams of random numbers; stage 1 has another
+
+
+class _Part(NamedTuple):
+    """What goes through the network together."""
+
+    step: int
+    place: int  # among the parts of all processes
+    images: Tensor
+    labels: Tensor
 
 
 class TrainingStep:
@@ -58,33 +68,46 @@ class TrainingStep:
             the losses of the whole step by the names of their columns, and the accuracy of the classifier on K.
         """
         count = self._config.train.accumulate
-        parts = list(zip(images.chunk(count), labels[own].chunk(count), strict=True))
         first = rank() * count  # place of the first part among those of all processes
-        if count == 1:
-            features, exchanged = self._part(step, first, *parts[0])
-            losses = self._losses(features, exchanged, labels, ramp)
-            self._accelerator.backward(losses["loss"])
-        else:
-            with torch.no_grad(), _buffers_restored(self._model):
-                found = [self._part(step, first + i, *part) for i, part in enumerate(parts)]
-            features = torch.cat([features for features, _ in found], 1).requires_grad_()
-            exchanged = torch.cat([x for _, x in found if x is not None]) if found[0][1] is not None else None
-            losses = self._losses(features, exchanged, labels, ramp)
-            self._accelerator.backward(losses["loss"])
-            assert features.grad is not None
-            for i, (part, gradient) in enumerate(zip(parts, features.grad.chunk(count, 1), strict=True)):
-                self._part(step, first + i, *part)[0].backward(gradient)
+        pieces = zip(images.chunk(count), labels[own].chunk(count), strict=True)
+        parts = [_Part(step, first + i, *piece) for i, piece in enumerate(pieces)]
+        losses = self._at_once(parts[0], labels, ramp) if count == 1 else self._in_parts(parts, labels, ramp)
         average_gradients(self._model.parameters())
         return losses
 
-    def _part(self, step: int, place: int, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        seed_step(self._config.seed, STREAM, step, place)
-        with self._accelerator.autocast():
-            return self._features(images, labels)
+    def _at_once(self, part: _Part, labels: Tensor, ramp: float) -> dict[str, Tensor]:
+        losses = self._losses(part.step, *self._described(part), labels, ramp)
+        self._accelerator.backward(losses["loss"])
+        return losses
 
-    def _losses(self, features: Tensor, exchanged: Tensor | None, labels: Tensor, ramp: float) -> dict[str, Tensor]:
+    def _in_parts(self, parts: list[_Part], labels: Tensor, ramp: float) -> dict[str, Tensor]:
+        with torch.no_grad(), _buffers_restored(self._model):
+            described = [self._described(part) for part in parts]
+        features = torch.cat([part_features for part_features, _ in described], 1).requires_grad_()
+        marks = [exchanged for _, exchanged in described if exchanged is not None]
+        losses = self._losses(parts[0].step, features, torch.cat(marks) if marks else None, labels, ramp)
+        self._accelerator.backward(losses["loss"])
+        assert features.grad is not None
+        for part, gradient in zip(parts, features.grad.chunk(len(parts), 1), strict=True):
+            self._described(part)[0].backward(gradient)
+        return losses
+
+    def _described(self, part: _Part) -> tuple[Tensor, Tensor | None]:
+        seed_step(self._config.seed, _NETWORK, part.step, part.place)
         with self._accelerator.autocast():
-            return training_losses(self._model, _gathered(self._model, features, exchanged), labels, self._config, ramp)
+            return self._features(part.images, part.labels)
+
+    def _losses(
+        self, step: int, features: Tensor, exchanged: Tensor | None, labels: Tensor, ramp: float
+    ) -> dict[str, Tensor]:
+        """Of the features of all processes, the same on each."""
+        seed_step(self._config.seed, _LOSSES, step)
+        marks = torch.ones(features.shape[1], device=features.device) if exchanged is None else exchanged
+        everybody = gather_features(features, marks.to(torch.uint8))  # what is gathered beside features is integers
+        exchanged = None if exchanged is None else everybody.labels.bool()
+        with self._accelerator.autocast():
+            branches = self._model.classified(everybody.features, exchanged)
+            return training_losses(self._model, branches, labels, self._config, ramp)
 
 
 def training_losses(model: SPNet, branches: Branches, labels: Tensor, config: Config, ramp: float) -> dict[str, Tensor]:
@@ -95,13 +118,6 @@ def training_losses(model: SPNet, branches: Branches, labels: Tensor, config: Co
         losses["loss"] = losses["loss"] + config.latent.weight * losses["loss_latent"]
     losses["accuracy"] = (branches.relevant.logits.detach().argmax(1) == labels).float().mean()
     return losses
-
-
-def _gathered(model: SPNet, features: Tensor, exchanged: Tensor | None) -> Branches:
-    """The branches of the images of all processes."""
-    marks = torch.ones(features.shape[1], device=features.device) if exchanged is None else exchanged
-    everybody = gather_features(features, marks.to(torch.uint8))  # what is gathered beside features is integers
-    return model.classified(everybody.features, None if exchanged is None else everybody.labels.bool())
 
 
 @contextmanager
