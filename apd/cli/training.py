@@ -50,7 +50,7 @@ def train(
     from apd.config_files import load_config
     from apd.display import console, print_written
     from apd.run import Run
-    from apd.training.ranks import join, on_first
+    from apd.training.ranks import join, leave, on_first
     from apd.training.train import start_run, train_run
 
     join(on)
@@ -66,6 +66,7 @@ def train(
         console.print(f"note: {line}", soft_wrap=True)
     train_run(run, on)
     print_written(run.path)
+    leave()
 
 
 @reported

@@ -37,6 +37,12 @@ def join(device: str) -> None:
         console.quiet = True
 
 
+def leave() -> None:
+    """Part from them, at the end of the program."""
+    if world_size() > 1:
+        dist.destroy_process_group()
+
+
 def world_size() -> int:
     """How many processes train."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
