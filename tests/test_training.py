@@ -219,6 +219,11 @@ def test_mixed_precision(tmp_path: Path, whole: Run, data: Path) -> None:
                 assert row[name] != other[name]
 
 
+def test_precision_that_a_cpu_lacks(tmp_path: Path, data: Path) -> None:
+    with pytest.raises(InputError, match="precision: expected no or bf16 on the CPU, got fp16"):
+        trained(tmp_path / "run", data, "perturbation=none", "precision=fp16")
+
+
 @pytest.mark.parametrize("train_on", ["original", "synthesized"])
 def test_images_of_stage_2(
     tmp_path: Path, whole: Run, data: Path, train_on: str, monkeypatch: pytest.MonkeyPatch
@@ -478,3 +483,14 @@ def test_default_configuration_is_the_papers() -> None:
     config = Config()
     assert (config.mpg.weight_mp, config.mpg.weight_s, config.mpg.weight_c) == (2.0, 1.0, 1.0)
     assert (config.loss.weight_k, config.loss.weight_nk, config.loss.weight_kp) == (1.0, 0.5, 0.1)
+
+
+def test_compiled_network(tmp_path: Path, data: Path) -> None:
+    """Losses as without, up to rounding, and one compilation: no step is compiled anew."""
+    values = ("perturbation=none", "model.ssd=sds", "model.drop_path=0", "model.depth=1", "train.optimizer=sgd")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain, compiled = (trained(tmp_path / flag, data, *values, f"train.compile={flag}") for flag in ("false", "true"))
+    ours, theirs = ([float(row["loss"]) for row in read_metrics(run.path / "metrics.csv")] for run in (compiled, plain))
+    assert ours == pytest.approx(theirs, rel=1e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -19,6 +19,12 @@ from apd.errors import InputError
 _NAMED = 4  # images that a message names
 
 
+def check_precision(config: Config, device: str) -> None:
+    """Raise InputError where the device cannot train in the precision."""
+    if device == "cpu" and config.precision == "fp16":
+        raise InputError("precision: expected no or bf16 on the CPU, got fp16")
+
+
 def make_accelerator(config: Config, device: str) -> Accelerator:
     """Device placement and mixed precision.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from apd.models.spnet import build_spnet
 from apd.models.trunk import TransformerTrunk, Trunk, build_trunk, resolve_trunk
 from apd.run import CONFIG, GENERATOR, INFO, WEIGHTS, Run, update_info
 from apd.synthesis import synthesize
+from apd.training.engine import check_precision
 from apd.training.mpg import train_mpg
 from apd.training.ranks import join, on_first, own_rows
 from apd.training.sources import Sources, gather_sources
@@ -85,7 +87,8 @@ def train_run(run: Run, device: str) -> dict[str, Any]:
     """
     join(device)
     config, path = run.config, run.path
-    own_rows(config.train)  # now, not after stage 1
+    check_precision(config, device)  # now, not after stage 1
+    own_rows(config.train)
     folders = on_first(lambda: _read_sources(run))
     sources, validation = gather_sources(
         [folder.train for folder in folders], config.train.validation_identities, config.seed
@@ -177,7 +180,7 @@ def _read_source(path: Path) -> ReidFolder:
 
 def _synthesized(run: Run, folders: Sequence[ReidFolder], sources: Sources, device: str) -> Sources:
     """Write the synthesized images into the run, and take those that the configuration asks for."""
-    config = run.config
+    config, start = run.config, time.perf_counter()
     if config.data.train_on == "original":
         return sources
     generator = run.load_generator(device)
@@ -195,6 +198,7 @@ def _synthesized(run: Run, folders: Sequence[ReidFolder], sources: Sources, devi
             workers=config.data.workers,
         )
         new |= {sample.path: path for sample, path in zip(folder.train, made, strict=True)}
+    _took(run.path, "synthesize", run.info().get("seconds", {}).get("synthesize", 0.0) + time.perf_counter() - start)
     return sources.with_synthesized([new[path] for path in sources.paths], config.data.train_on)
 
 
