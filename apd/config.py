@@ -292,7 +292,7 @@ def check(config: Config) -> None:
         raise _wrong("train.batch_size", expected, train.batch_size)
     identities = train.batch_size // train.instances
     if identities % train.accumulate or identities < 2 * train.accumulate:
-        expected = f"a divisor of the {identities} identities of a step, with at least 2 identities in a part"
+        expected = f"a divisor of the {identities} identities of a step, 2 or more in a part"
         raise _wrong("train.accumulate", expected, train.accumulate)
     for side in ("height", "width"):
         pixels = getattr(data, side)

@@ -249,13 +249,11 @@ def test_unknown_keys(key: str, hint: str, tmp_path: Path) -> None:
         ("mpg.trunk=random", "mpg.trunk: expected auto, self, a timm name or random:NAME, got 'random'"),
         (
             "train.accumulate=3",
-            "train.accumulate: expected a divisor of the 16 identities of a step, with at least 2 identities in a part, "
-            "got 3",
+            "train.accumulate: expected a divisor of the 16 identities of a step, 2 or more in a part, got 3",
         ),
         (
             "train.accumulate=16",
-            "train.accumulate: expected a divisor of the 16 identities of a step, with at least 2 identities in a part, "
-            "got 16",
+            "train.accumulate: expected a divisor of the 16 identities of a step, 2 or more in a part, got 16",
         ),
         ("data.jitter_hue=0.6", "data.jitter_hue: expected from 0 to 0.5, got 0.6"),
         (
