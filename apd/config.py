@@ -29,6 +29,12 @@ class DataConfig:
     flip: float = _value(0.5, "probability of a horizontal flip in stage 2", TRANSREID)
     pad: int = _value(10, "zero padding before the random crop in stage 2, pixels", TRANSREID)
     erasing: float = _value(0.5, "probability of random erasing in stage 2", TRANSREID)
+    jitter: float = _value(0.0, "probability of a colour jitter in stage 2", OURS)
+    jitter_brightness: float = _value(0.15, "brightness of the jitter: a factor of 1 ± this, as in fast-reid", OURS)
+    jitter_contrast: float = _value(0.15, "its contrast, likewise", OURS)
+    jitter_saturation: float = _value(0.1, "its saturation, likewise", OURS)
+    jitter_hue: float = _value(0.1, "its hue: ± this share of the colour wheel, as in fast-reid", OURS)
+    grey: float = _value(0.0, "probability that an image of stage 2 loses its colours", OURS)
     train_on: str = _value(
         "both",
         "images of stage 2 after a stage 1; the paper trains on the synthesized ones",
@@ -37,6 +43,13 @@ class DataConfig:
     )
     workers: int = _value(4, "processes that read images; 0 reads in the training process", OURS)
     cache: bool = _value(False, "keep the decoded, resized images in memory: height × width × 3 bytes each", OURS)
+    augment: str = _value(
+        "workers",
+        "where images of stage 2 are augmented: workers (one by one, as they are read); device (by batches on the "
+        "device that trains, which keeps all of them); auto (device: on a GPU with four times the room, else workers)",
+        OURS,
+        choices=("workers", "device", "auto"),
+    )
 
 
 @dataclass(frozen=True)
@@ -125,6 +138,19 @@ class TrainConfig:
 
     batch_size: int = _value(64, "images in a step", TRANSREID)
     instances: int = _value(4, "images of an identity in a step", TRANSREID)
+    sampler: str = _value(
+        "pk",
+        "pk: identities of all sources alike; domain: as many identities of each source in every step",
+        OURS,
+        choices=("pk", "domain"),
+    )
+    accumulate: int = _value(
+        1,
+        "parts a step is cut into to save memory; features and losses are those of the whole (gradient caching), for "
+        "one more forward pass",
+        OURS,
+    )
+    compile: bool = _value(False, "compile the network's training pass by torch.compile", OURS)
     epochs: float = _value(
         120.0, "length of the training; an epoch is as many images as there are original ones", TRANSREID
     )
@@ -214,7 +240,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         "at least 1",
         lambda value: value >= 1,
         (
-            *("log_steps", "data.height", "data.width"),
+            *("log_steps", "data.height", "data.width", "train.accumulate"),
             *("mpg.negatives", "mpg.width", "mpg.blocks", "mpg.discriminator_width", "mpg.discriminator_layers"),
             *("model.patch_size", "model.embed_dim", "model.depth", "model.heads"),
         ),
@@ -235,7 +261,15 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         lambda value: value > 0,
         ("checkpoint_minutes", "mpg.lr", "train.lr", "train.clip", "train.validation_epochs"),
     ),
-    ("from 0 to 1", lambda value: 0 <= value <= 1, ("data.flip", "data.erasing", "loss.label_smoothing")),
+    (
+        "from 0 to 1",
+        lambda value: 0 <= value <= 1,
+        (
+            *("data.flip", "data.erasing", "data.jitter", "data.grey", "loss.label_smoothing"),
+            *("data.jitter_brightness", "data.jitter_contrast", "data.jitter_saturation"),
+        ),
+    ),
+    ("from 0 to 0.5", lambda value: 0 <= value <= 0.5, ("data.jitter_hue",)),
     ("from 0 to less than 1", lambda value: 0 <= value < 1, ("mpg.beta1", "model.drop_path")),
     ("any number", lambda value: True, ("model.msp_bias_init",)),
 )
@@ -256,6 +290,10 @@ def check(config: Config) -> None:
     if train.batch_size % train.instances or train.batch_size < 2 * train.instances:
         expected = f"a multiple of train.instances ({train.instances}) for at least 2 identities"
         raise _wrong("train.batch_size", expected, train.batch_size)
+    identities = train.batch_size // train.instances
+    if identities % train.accumulate or identities < 2 * train.accumulate:
+        expected = f"a divisor of the {identities} identities of a step, 2 or more in a part"
+        raise _wrong("train.accumulate", expected, train.accumulate)
     for side in ("height", "width"):
         pixels = getattr(data, side)
         if model.patch_size is not None and pixels % model.patch_size:

@@ -248,6 +248,15 @@ def test_unknown_keys(key: str, hint: str, tmp_path: Path) -> None:
         ("data.width=126", "data.width: expected a multiple of 4, since the generator halves images twice, got 126"),
         ("mpg.trunk=random", "mpg.trunk: expected auto, self, a timm name or random:NAME, got 'random'"),
         (
+            "train.accumulate=3",
+            "train.accumulate: expected a divisor of the 16 identities of a step, 2 or more in a part, got 3",
+        ),
+        (
+            "train.accumulate=16",
+            "train.accumulate: expected a divisor of the 16 identities of a step, 2 or more in a part, got 16",
+        ),
+        ("data.jitter_hue=0.6", "data.jitter_hue: expected from 0 to 0.5, got 0.6"),
+        (
             "train.batch_size=62",
             "train.batch_size: expected a multiple of train.instances (4) for at least 2 identities, got 62",
         ),

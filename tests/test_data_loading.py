@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from apd.data.augmentation import Augmentation, ShiftedCrop, training_transform
 from apd.data.images import ImageStore
-from apd.data.loading import ShiftedCrop, images_in_order, training_batches, training_transform
-from apd.data.sampler import PKSampler
+from apd.data.loading import device_batches, images_in_order, training_batches
+from apd.data.sampler import DomainSampler, PKSampler
 from apd.errors import InputError
 
 # PKSampler
@@ -124,11 +125,40 @@ def test_impossible_batches(counts: list[int], batch_size: int, instances: int, 
         PKSampler(_labels(counts), batch_size, instances, seed=0)
 
 
-# Augmentation
+# Domains
 
 
-def _image(height: int = 32, width: int = 16) -> Tensor:
-    return torch.randint(1, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(("p", "shares"), [(6, [2, 2, 2]), (8, [3, 3, 2]), (3, [1, 1, 1])])
+def test_domains_are_balanced(p: int, shares: list[int]) -> None:
+    """Whatever their sizes: 4, 9 and 30 identities. The domains take turns within a batch."""
+    counts = np.random.default_rng(0).integers(1, 9, 43)
+    labels = np.repeat(np.arange(43), counts)
+    domains = np.searchsorted([4, 13], labels, side="right")
+    sampler = DomainSampler(labels, domains, p * 2, 2, seed=0)
+    batches = list(islice(sampler.batches(0), 60))
+    for batch in batches:
+        rows = labels[batch].reshape(p, 2)
+        assert (rows == rows[:, :1]).all()
+        assert len(set(rows[:, 0].tolist())) == p
+        found = domains[batch][::2]
+        assert np.bincount(found).tolist() == shares
+        assert found[:3].tolist() == [0, 1, 2]
+    assert set(labels[np.concatenate(batches)]) == set(range(43))  # nobody is left out
+    assert list(islice(sampler.batches(17), 5)) == batches[17:22]
+    assert list(islice(DomainSampler(labels, domains, p * 2, 2, seed=1).batches(0), 60)) != batches
+
+
+def test_impossible_domains() -> None:
+    labels, domains = np.arange(9) // 3, np.arange(9) // 3
+    with pytest.raises(InputError, match="each of the 3 sources in a step, got batches of 2 identities"):
+        DomainSampler(labels, domains, 4, 2, seed=0)
+    with pytest.raises(InputError, match="expected at least 2 identities"):
+        DomainSampler(labels, domains, 12, 2, seed=0)
+    with pytest.raises(InputError, match="expected a multiple of the 2 images"):
+        DomainSampler(labels, domains, 7, 2, seed=0)
+
+
+# Batches
 
 
 def _same(found: Tensor, expected: Tensor) -> bool:
@@ -136,56 +166,8 @@ def _same(found: Tensor, expected: Tensor) -> bool:
     return found.dtype == torch.float32 and torch.allclose(found, expected / 255, rtol=0, atol=1e-6)
 
 
-def test_nothing_to_do() -> None:
-    image = _image()
-    assert _same(training_transform(0.0, 0, 0.0, (0.5, 0.5, 0.5))(image), image)
-
-
-def test_flip() -> None:
-    image = _image()
-    always, never, half = (training_transform(p, 0, 0.0, (0, 0, 0)) for p in (1.0, 0.0, 0.5))
-    assert _same(always(image), image.flip(2))
-    torch.manual_seed(0)
-    flipped = sum(_same(half(image), image.flip(2)) for _ in range(200))
-    assert 60 < flipped < 140
-    assert _same(never(image), image)
-
-
-def test_pad_and_crop() -> None:
-    """Each of the (2 pad + 1)² places in the padded image is found, and nothing else."""
-    image, pad = _image(), 2
-    padded = torch.nn.functional.pad(image, (pad,) * 4)
-    places = {
-        padded[:, top : top + 32, left : left + 16].numpy().tobytes()
-        for top in range(2 * pad + 1)
-        for left in range(2 * pad + 1)
-    }
-    torch.manual_seed(0)
-    found = {ShiftedCrop(pad)(image).numpy().tobytes() for _ in range(400)}
-    assert found == places
-
-
-def test_erasing() -> None:
-    image, fill = _image(), (0.25, 0.5, 0.75)
-    transform = training_transform(0.0, 0, 1.0, fill)
-    torch.manual_seed(0)
-    shares = []
-    for _ in range(200):
-        found = transform(image)
-        erased = (found == torch.tensor(fill)[:, None, None]).all(0)
-        rows, columns = torch.where(erased)
-        assert _same(found[:, ~erased], image[:, ~erased])
-        assert len(rows) == len(rows.unique()) * len(columns.unique())  # a rectangle
-        shares.append(erased.float().mean().item())
-    assert min(shares) < 0.05 < 0.25 < max(shares) < 0.35
-    half = training_transform(0.0, 0, 0.5, fill)
-    untouched = sum(_same(half(image), image) for _ in range(200))
-    assert 60 < untouched < 140
-
-
-# Batches
-
-TRANSFORM = training_transform(0.5, 3, 0.5, (0.4, 0.5, 0.6))
+OPTIONS = Augmentation(0.5, 3, 0.5, (0.4, 0.5, 0.6), 0.5, (0.2, 0.2, 0.2, 0.1), 0.2)
+TRANSFORM = training_transform(OPTIONS)
 LABELS = np.repeat(np.arange(6), 6)
 
 
@@ -241,6 +223,41 @@ def test_restart_changes_nothing(store: ImageStore, workers: int) -> None:
     whole = _batches(store)
     torch.manual_seed(12345)
     _assert_equal(_batches(store, 4, workers=workers), whole[4:])
+
+
+@pytest.mark.parametrize("where", ["workers", "device"])
+def test_rows_of_a_process(store: ImageStore, where: str) -> None:
+    """Each has its own images as they would be in the whole batch, and knows which the others have."""
+
+    def batches(rows: slice, start: int = 0) -> list[tuple[Tensor, Tensor]]:
+        sampler, order = PKSampler(LABELS, 8, 2, seed=0), {"seed": 0, "start": start, "stop": 4, "rows": rows}
+        if where == "device":
+            return [*map(tuple, device_batches(store.all(), sampler, OPTIONS, **order))]
+        return [*map(tuple, training_batches(store, sampler, TRANSFORM, workers=0, **order))]
+
+    whole = batches(slice(None))
+    parts = [batches(slice(0, 4)), batches(slice(4, 8))]
+    for step, (images, indices) in enumerate(whole):
+        assert torch.equal(torch.cat([part[step][0] for part in parts]), images)
+        assert all(torch.equal(part[step][1], indices) for part in parts)
+    _assert_equal(batches(slice(None), 2), whole[2:])
+
+
+def test_batches_on_the_device(store: ImageStore) -> None:
+    sampler = PKSampler(LABELS, 8, 2, seed=0)
+    before = torch.get_rng_state()
+    batches = list(device_batches(store.all(), sampler, OPTIONS, seed=0, start=0, stop=6))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [indices.tolist() for _, indices in batches] == list(islice(sampler.batches(0), 6))
+    for images, _ in batches:
+        assert images.dtype == torch.float32
+        assert images.shape == (8, 3, 24, 12)
+        assert 0 <= images.min() <= images.max() <= 1
+    plain = device_batches(store.all(), sampler, Augmentation(), seed=0, start=0, stop=2)
+    for images, indices in plain:
+        assert _same(images, torch.stack([store[i] for i in indices.tolist()]))
+    other = next(device_batches(store.all(), sampler, OPTIONS, seed=1, start=0, stop=1))
+    assert not torch.equal(other.images, batches[0].images)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

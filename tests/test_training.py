@@ -23,27 +23,20 @@ pytest.importorskip("accelerate")
 pytest.importorskip("typer")
 
 from command_line import error, run
+from tiny import TINY, draw_training_set, trained
 
 from apd.config import Config, TrainConfig
 from apd.config_files import load_config, save_config
 from apd.data.market import Sample
+from apd.data.sampler import PKSampler
 from apd.errors import DataWarning, InputError
 from apd.run import Run
 from apd.training.checkpoint import load_checkpoint, save_checkpoint
+from apd.training.engine import LossGuard
 from apd.training.log import read_metrics
 from apd.training.sources import Sources, gather_sources, split_validation
 from apd.training.sp import rate, total_steps
 from apd.training.train import start_run, train_run
-
-TINY = (
-    *("data.height=32", "data.width=16", "data.pad=2", "data.workers=0", "data.cache=true"),
-    *("mpg.steps=4", "mpg.batch_size=4", "mpg.negatives=2", "mpg.width=4", "mpg.blocks=1", "mpg.trunk=self"),
-    *("mpg.discriminator_width=4", "mpg.discriminator_layers=2"),
-    *("model.backbone=vit_tiny_patch16_224", "model.pretrained=none", "model.patch_size=8", "model.embed_dim=24"),
-    *("model.depth=2", "model.heads=2", "train.batch_size=8", "train.instances=2", "train.steps=4"),
-    *("train.optimizer=adamw", "train.lr=0.0005", "train.warmup_epochs=1", "train.bias_lr=1"),
-    *("loss.ramp_epochs=1", "log_steps=2", "checkpoint_minutes=0.00001"),
-)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,24 +50,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """8 identities × 2 cameras × 2 images of their own colours to train on, and 4 others to test on."""
-    folder, random = tmp_path_factory.mktemp("data") / "drawn", np.random.default_rng(0)
-    for pid in range(1, 13):
-        colour = random.integers(40, 215, 3)
-        for camera in (1, 2):
-            for frame in (1, 2):
-                part = "bounding_box_train" if pid <= 8 else ("query", "bounding_box_test")[frame - 1]
-                (folder / part).mkdir(parents=True, exist_ok=True)
-                pixels = colour + random.integers(-40, 40, (32, 16, 3)) + 10 * camera
-                image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-                image.save(folder / part / f"{pid:04d}_c{camera}s1_{frame:06d}_00.png")
-    return folder
-
-
-def trained(path: Path, data: Path, *changes: str) -> Run:
-    made = start_run(path, load_config(None, [*TINY, *changes]), [data])
-    train_run(made, "cpu")
-    return made
+    return draw_training_set(tmp_path_factory.mktemp("data") / "drawn")
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +219,11 @@ def test_mixed_precision(tmp_path: Path, whole: Run, data: Path) -> None:
                 assert row[name] != other[name]
 
 
+def test_precision_that_a_cpu_lacks(tmp_path: Path, data: Path) -> None:
+    with pytest.raises(InputError, match="precision: expected no or bf16 on the CPU, got fp16"):
+        trained(tmp_path / "run", data, "perturbation=none", "precision=fp16")
+
+
 @pytest.mark.parametrize("train_on", ["original", "synthesized"])
 def test_images_of_stage_2(
     tmp_path: Path, whole: Run, data: Path, train_on: str, monkeypatch: pytest.MonkeyPatch
@@ -266,7 +247,7 @@ def test_images_of_stage_2(
 
 def test_validation_chooses_the_weights(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With every mAP on the drawn images 1, the scores come from here: the second of four validations is the best."""
-    from apd.training import sp
+    from apd.training import validation
     from apd.training.validation import evaluate_samples
 
     scores, seen = [0.5, 0.9, 0.9, 0.7], []
@@ -276,7 +257,7 @@ def test_validation_chooses_the_weights(tmp_path: Path, data: Path, monkeypatch:
         seen.append((query, gallery, {name: tensor.clone() for name, tensor in model.state_dict().items()}))
         return found._replace(mAP=scores[len(seen) - 1])
 
-    monkeypatch.setattr(sp, "evaluate_samples", scripted)
+    monkeypatch.setattr(validation, "evaluate_samples", scripted)
     changes = ["perturbation=none", "model.ssd=none", "train.validation_identities=2", "train.validation_epochs=0.5"]
     made = trained(tmp_path / "run", data, *changes, "train.steps=8", "train.lr=0.01")
     rows = read_metrics(made.path / "metrics.csv")
@@ -329,8 +310,50 @@ def test_rate() -> None:
     assert rate(0, 0, 10) == 1
 
 
+def test_loss_that_is_not_finite_names_step_and_images(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of the bad step is saved, and the run can go on from before it."""
+    from apd.training import step as module
+
+    steps, given = [], module.spnet_losses
+
+    def spoiled(*arguments: Any) -> dict[str, torch.Tensor]:
+        losses = given(*arguments)
+        steps.append(losses)
+        if len(steps) == 3:
+            losses["loss"] = losses["loss"] * torch.nan
+        return losses
+
+    monkeypatch.setattr(module, "spnet_losses", spoiled)
+    path = tmp_path / "run"
+    message = r"sp: the loss of step 3 is nan.* The step's 8 images: (.*\.png, ){4}…"
+    with pytest.raises(InputError, match=message) as raised:
+        trained(path, data, "perturbation=none", "log_steps=1")
+    sampler = PKSampler(gather_sources([_samples(data)], 0, 0)[0].labels, 8, 2, seed=0)
+    first = [_samples(data)[i].path for i in next(sampler.batches(2))][:4]
+    assert all(str(image) in str(raised.value) for image in first)
+    assert sorted(file.name for file in (path / "last").iterdir()) == ["sp-00000001.pt", "sp-00000002.pt"]
+    assert [row["step"] for row in read_metrics(path / "metrics.csv")] == ["1", "2"]
+    assert not (path / "best.safetensors").exists()
+    monkeypatch.undo()
+    train_run(Run(path), "cpu")
+    assert [row["step"] for row in read_metrics(path / "metrics.csv")] == ["1", "2", "3", "4"]
+
+
+def test_losses_of_a_gpu_are_looked_at_together() -> None:
+    """In order; what is written waits for the look."""
+    guard = LossGuard("sp", [Path(f"{i}.png") for i in range(9)])
+    waiting = [torch.tensor(value) for value in (1.0, torch.inf, torch.nan)]
+    for step, loss in enumerate(waiting, 1):
+        guard._waiting.append((step, loss, torch.tensor([step, step + 3, step])))
+    with pytest.raises(InputError, match=r"step 2 is inf.* The step's 2 images: 2\.png, 5\.png$"):
+        guard.settle()
+    guard.settle()  # said once
+
+
 def test_diverged_training_is_stopped(tmp_path: Path, data: Path) -> None:
-    with pytest.raises(InputError, match=r"sp: loss.* is nan in the 2 steps before step"):
+    with pytest.raises(InputError, match=r"sp: the loss of step [2-4] is nan"):
         trained(tmp_path / "run", data, "perturbation=none", "train.lr=1e30", "train.warmup_epochs=0")
 
 
@@ -460,3 +483,14 @@ def test_default_configuration_is_the_papers() -> None:
     config = Config()
     assert (config.mpg.weight_mp, config.mpg.weight_s, config.mpg.weight_c) == (2.0, 1.0, 1.0)
     assert (config.loss.weight_k, config.loss.weight_nk, config.loss.weight_kp) == (1.0, 0.5, 0.1)
+
+
+def test_compiled_network(tmp_path: Path, data: Path) -> None:
+    """Losses as without, up to rounding, and one compilation: no step is compiled anew."""
+    values = ("perturbation=none", "model.ssd=sds", "model.drop_path=0", "model.depth=1", "train.optimizer=sgd")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain, compiled = (trained(tmp_path / flag, data, *values, f"train.compile={flag}") for flag in ("false", "true"))
+    ours, theirs = ([float(row["loss"]) for row in read_metrics(run.path / "metrics.csv")] for run in (compiled, plain))
+    assert ours == pytest.approx(theirs, rel=1e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

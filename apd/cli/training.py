@@ -37,6 +37,9 @@ def train(
 
     With perturbation=none the first two are left out, with model.ssd=none as
     well the result is the baseline. Nothing of a target domain is looked at.
+
+    torchrun --nproc-per-node N -m apd.cli train … trains on N GPUs (or, with
+    --device cpu, in N processes): to the same result as one, up to rounding.
     """
     if resume is not None and (data or config or output or values):
         raise InputError("--resume RUN stands alone: data and configuration are those of the run")
@@ -47,18 +50,23 @@ def train(
     from apd.config_files import load_config
     from apd.display import console, print_written
     from apd.run import Run
+    from apd.training.ranks import join, leave, on_first
     from apd.training.train import start_run, train_run
 
+    join(on)
     if resume is not None:
         run = Run(resume)
     else:
         chosen = load_config(config, values or ())
         name = Path(config).stem if config is not None else "default"
-        run = start_run(output or Path("runs") / name, chosen, data or [])
+        path = output or Path("runs") / name
+        on_first(lambda: start_run(path, chosen, data or []))
+        run = Run(path)
     for line in advice(run.config):
         console.print(f"note: {line}", soft_wrap=True)
     train_run(run, on)
     print_written(run.path)
+    leave()
 
 
 @reported

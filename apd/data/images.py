@@ -94,6 +94,19 @@ class ImageStore:
         """Image `index`, uint8 (3, H, W)."""
         return self._read(index) if self._images is None else self._images[index]
 
+    @property
+    def bytes(self) -> int:
+        """Size of all images in memory."""
+        return len(self) * 3 * self._size[0] * self._size[1]
+
+    def all(self) -> Tensor:
+        """All images, uint8 (N, 3, H, W), read now unless they are kept.
+
+        Raises:
+            InputError: an image cannot be read, or there is not enough memory.
+        """
+        return self._read_all() if self._images is None else self._images
+
     def _read(self, index: int) -> Tensor:
         return torch.from_numpy(load_image(self._paths[index], self._size)).permute(2, 0, 1).contiguous()
 

@@ -10,59 +10,28 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
+from apd.data.augmentation import DRAWS, Augmentation, as_floats, augment_batch
 from apd.data.images import ImageStore
 from apd.data.sampler import BatchOrder
 from apd.errors import InputError
 
+ALL = slice(None)  # rows of a batch
 _STREAM = 2  # augmentation and sampling (sampler.py) draw from different streams of one seed
 
 
 class Batch(NamedTuple):
     """Images of one training step."""
 
-    images: Tensor  # float32 (B, 3, H, W) in [0, 1]
-    indices: Tensor  # int64 (B,), rows of the store
+    images: Tensor  # float32 (b, 3, H, W) in [0, 1], the rows of this process
+    indices: Tensor  # int64 (B,), rows of the store: of the whole batch, on the CPU
 
 
-class ShiftedCrop:
-    """Zero padding on all four sides and a random crop of the image's own size.
+class _Work(NamedTuple):
+    """What a loader makes a batch of."""
 
-    Args:
-        pad: width of the padding, pixels.
-    """
-
-    def __init__(self, pad: int) -> None:
-        self.pad = pad
-
-    def __call__(self, image: Tensor) -> Tensor:
-        top, left = torch.randint(-self.pad, self.pad + 1, (2,)).tolist()
-        # What lies outside the image is zero: no padded copy is needed.
-        return v2.functional.crop(image, top, left, *image.shape[-2:])
-
-
-def as_floats(images: Tensor) -> Tensor:
-    """From uint8 to float32 in [0, 1], any shape."""
-    return v2.functional.to_dtype(images, torch.float32, scale=True)
-
-
-def training_transform(flip: float, pad: int, erasing: float, fill: Sequence[float]) -> Callable[[Tensor], Tensor]:
-    """The field's augmentation: horizontal flip, zero padding and random crop, random erasing.
-
-    Args:
-        flip: probability of a flip.
-        pad: width of the zero padding, pixels.
-        erasing: probability that a rectangle is erased (Zhong et al. 2020; 2% to 33% of the image).
-        fill: (3,) colour of the erased rectangle in [0, 1]; the network's mean colour, so that it is 0 to the network.
-
-    Returns:
-        a function from uint8 (3, H, W) to float32 (3, H, W) in [0, 1].
-    """
-    # Two plain calls: v2.ToDtype takes 32 µs where its function takes 11 (128×64, one CPU core).
-    return v2.Compose(
-        [v2.RandomHorizontalFlip(flip), ShiftedCrop(pad), as_floats, v2.RandomErasing(erasing, value=list(fill))]
-    )
+    batch: list[int]
+    rows: list[tuple[int, int]]  # (index, seed) of this process's images
 
 
 def training_batches(
@@ -74,6 +43,7 @@ def training_batches(
     start: int,
     stop: int,
     workers: int,
+    rows: slice = ALL,
 ) -> Iterator[Batch]:
     """The batches of the steps `start` to `stop` − 1.
 
@@ -88,13 +58,49 @@ def training_batches(
         seed: not negative.
         start, stop: steps, counted from 0.
         workers: processes that read and transform images; 0: this process does.
+        rows: those of each batch that this process trains on, where several share it.
 
     Raises:
         InputError: an image cannot be read.
     """
     steps = enumerate(islice(sampler.batches(start), stop - start), start)
-    keys = (list(zip(batch, _seeds(seed, step, len(batch)), strict=True)) for step, batch in steps)
-    return _loaded(_Augmented(store, transform), keys, workers)
+    work = (_Work(batch, list(zip(batch, _seeds(seed, step, len(batch)), strict=True))[rows]) for step, batch in steps)
+    return _loaded(_Augmented(store, transform), work, workers)
+
+
+def device_batches(
+    images: Tensor,
+    sampler: BatchOrder,
+    options: Augmentation,
+    *,
+    seed: int,
+    start: int,
+    stop: int,
+    rows: slice = ALL,
+) -> Iterator[Batch]:
+    """The batches of the steps `start` to `stop` − 1, made where all images lie already.
+
+    As with `training_batches`, what is drawn for an image depends on the seed,
+    the step and its place in the batch alone; but the numbers are other ones.
+
+    Args:
+        images: uint8 (N, 3, H, W), on any device.
+        sampler: which images are in a batch.
+        options: the augmentation.
+        seed, start, stop, rows: as in `training_batches`.
+    """
+    for step, batch in enumerate(islice(sampler.batches(start), stop - start), start):
+        draws = np.random.default_rng((_STREAM, seed, step)).random((len(batch), DRAWS))
+        indices = torch.tensor(batch)
+        own = indices[rows]
+        if images.is_cuda:
+            own = own.pin_memory().to(images.device, non_blocking=True)
+        yield Batch(augment_batch(images[own], draws[rows], options), indices)
+
+
+def fits_on(device: torch.device, size: int) -> bool:
+    """Whether a device is a GPU with room for four times so many bytes: the network needs most of it."""
+    return device.type == "cuda" and 4 * size <= torch.cuda.mem_get_info(device)[0]
 
 
 def images_in_order(store: ImageStore, batch_size: int, workers: int) -> Iterator[Tensor]:
@@ -125,13 +131,11 @@ class _Augmented(Dataset[Any]):
         self.store = store
         self.transform = transform
 
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch | InputError:
+    def __getitems__(self, work: _Work) -> Batch | InputError:
         try:
             with torch.random.fork_rng(devices=[]):
-                return Batch(
-                    torch.stack([self._augmented(index, seed) for index, seed in keys]),
-                    torch.tensor([index for index, _ in keys]),
-                )
+                images = [self._augmented(index, seed) for index, seed in work.rows]
+                return Batch(torch.stack(images), torch.tensor(work.batch))
         except InputError as error:
             return error
 

@@ -1,9 +1,9 @@
-"""PK sampling: batches of P identities with K images each."""
+"""PK sampling: batches of P identities with K images each, drawn from all sources alike or evenly from each."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import count
+from itertools import count, zip_longest
 from typing import Protocol
 
 import numpy as np
@@ -44,15 +44,11 @@ class PKSampler:
     def __init__(
         self, labels: Sequence[int] | np.ndarray | torch.Tensor, batch_size: int, instances: int, *, seed: int
     ) -> None:
-        if instances < 1 or batch_size < 1 or batch_size % instances:
-            raise InputError(
-                f"batch size: expected a multiple of the {instances} images of an identity in a batch, got {batch_size}"
-            )
+        self._identities = _identities(batch_size, instances)
         values = np.asarray(labels, dtype=np.int64)
         order = np.argsort(values, kind="stable")
         _, first = np.unique(values[order], return_index=True)
         self._images = np.split(order, first[1:]) if len(values) else []  # of each identity
-        self._identities = batch_size // instances
         self._instances = instances
         self._seed = seed
         if len(self._images) < self._identities:
@@ -96,3 +92,56 @@ class PKSampler:
         if len(shuffled) < size:
             shuffled = np.resize(shuffled, size)  # repeats from the start: as evenly as it goes
         return [shuffled[i : i + size].tolist() for i in range(0, len(shuffled) - size + 1, size)]
+
+
+def _identities(batch_size: int, instances: int) -> int:
+    """P; InputError where it is no whole number."""
+    if instances < 1 or batch_size < 1 or batch_size % instances:
+        raise InputError(
+            f"batch size: expected a multiple of the {instances} images of an identity in a batch, got {batch_size}"
+        )
+    return batch_size // instances
+
+
+class DomainSampler:
+    """PK batches that take as many identities of each domain; where P is no multiple, the first ones give one more.
+
+    Each domain has a `PKSampler` of its own, so that a small domain comes round
+    more often than a large one. In a batch the domains take turns, identity by
+    identity.
+
+    Args:
+        labels, domains: of each image, integers (N,).
+        batch_size, instances: P × K and K.
+        seed: not negative.
+
+    Raises:
+        InputError: `batch_size` is no multiple of `instances`, P is less than the number of domains, or a domain has
+            too few identities.
+    """
+
+    def __init__(self, labels: np.ndarray, domains: np.ndarray, batch_size: int, instances: int, *, seed: int) -> None:
+        members = [np.flatnonzero(domains == domain) for domain in np.unique(domains)]
+        identities = _identities(batch_size, instances)
+        if identities < len(members):
+            raise InputError(
+                f"train.sampler: domain needs an identity of each of the {len(members)} sources in a step, got batches "
+                f"of {identities} identities"
+            )
+        self._members = members
+        self._instances = instances
+        self._samplers = []
+        for number, images in enumerate(members):
+            share = identities // len(members) + (number < identities % len(members))
+            own_seed = int(np.random.SeedSequence((_STREAM, seed, number)).generate_state(1)[0])
+            self._samplers.append(PKSampler(labels[images], share * instances, instances, seed=own_seed))
+
+    def batches(self, start: int) -> Iterator[list[int]]:
+        """The batches from step `start` on."""
+        for parts in zip(*(sampler.batches(start) for sampler in self._samplers), strict=True):
+            groups = [self._groups(images[part]) for images, part in zip(self._members, parts, strict=True)]
+            turns = (group for turn in zip_longest(*groups) for group in turn if group is not None)
+            yield [image for group in turns for image in group]
+
+    def _groups(self, images: np.ndarray) -> list[list[int]]:
+        return images.reshape(-1, self._instances).tolist()

@@ -20,9 +20,10 @@ from torch.nn.functional import batch_norm
 
 from apd.config import ModelConfig
 from apd.errors import InputError
+from apd.models.exchange import exchanged_maps
 from apd.models.normalize import Normalize
 from apd.models.weights import load_weights, pretrained_model
-from apd_kernels import identity_derangement, ssd_mask
+from apd_kernels import ssd_mask
 
 
 class MSP(nn.Module):
@@ -168,18 +169,29 @@ class SPNet(nn.Module):
             images: (B, 3, H, W) in [0, 1].
             labels: identity of each image, int64 (B,): K* takes its NK from an image of another one.
         """
+        return self.classified(*self.branch_features(images, labels))
+
+    def branch_features(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The part of a training pass that several processes share.
+
+        Returns:
+            features of the branches, (branches, B, D), and `Branches.exchanged`.
+        """
         features = self.embed(images)
         exchanged = None
         if self.msp is None:
             maps = features
         elif self.ssd == "msp":
             maps = ssd_mask(features, self.msp(features), None).relevant
+        elif self.ssd == "sds":
+            maps = ssd_mask(features, self.msp(features), None, stacked=True)
         else:
-            permutation = None
-            if self.ssd == "sps":
-                permutation, exchanged = identity_derangement(labels, return_valid=True)
-            maps = ssd_mask(features, self.msp(features), permutation, stacked=True)
-        found = [Branch(f, self.heads(f, i)) for i, f in enumerate(self.encode(maps).split(len(images)))]
+            maps, exchanged = exchanged_maps(features, self.msp(features), labels)
+        return self.encode(maps).unflatten(0, (-1, len(images))), exchanged
+
+    def classified(self, features: Tensor, exchanged: Tensor | None) -> Branches:
+        """The rest of it, on the features of all images of the step: what `branch_features` returns."""
+        found = [Branch(f, self.heads(f, i)) for i, f in enumerate(features.unbind())]
         relevant, irrelevant, perturbed = (*found, None, None)[:3]
         assert relevant is not None
         return Branches(relevant, irrelevant, perturbed, exchanged)

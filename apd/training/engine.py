@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch import Tensor
 
 from apd.config import Config
+from apd.errors import InputError
+
+_NAMED = 4  # images that a message names
+
+
+def check_precision(config: Config, device: str) -> None:
+    """Raise InputError where the device cannot train in the precision."""
+    if device == "cpu" and config.precision == "fp16":
+        raise InputError("precision: expected no or bf16 on the CPU, got fp16")
 
 
 def make_accelerator(config: Config, device: str) -> Accelerator:
@@ -25,9 +37,61 @@ def make_accelerator(config: Config, device: str) -> Accelerator:
     return Accelerator(cpu=device == "cpu", mixed_precision=config.precision)
 
 
-def seed_step(seed: int, stage: int, step: int) -> None:
-    """Make the random numbers of a step a function of the run's seed: a restart then draws the same ones."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, stage, step)).generate_state(1)[0]))
+def seed_step(seed: int, stage: int, step: int, place: int = 0) -> None:
+    """Make the random numbers of a step a function of the run's seed: a restart then draws the same ones.
+
+    `place` is that of a part of the step among the parts of all processes.
+    """
+    torch.manual_seed(int(np.random.SeedSequence((seed, stage, step, place)).generate_state(1)[0]))
+
+
+class LossGuard:
+    """Ends a training whose loss is not finite, and names the step and its images.
+
+    On a GPU a look at a loss waits for it. There the losses of several steps are looked at together, at the latest
+    before anything of them is written.
+
+    Args:
+        stage: for the message.
+        paths: the training images.
+    """
+
+    def __init__(self, stage: str, paths: Sequence[Path]) -> None:
+        self._stage = stage
+        self._paths = paths
+        self._waiting: list[tuple[int, Tensor, Tensor]] = []
+
+    def watch(self, step: int, loss: Tensor, indices: Tensor) -> None:
+        """Take note of a step.
+
+        Args:
+            step: steps done with it.
+            loss: a scalar.
+            indices: of its images, int64 (B,).
+
+        Raises:
+            InputError: the loss, or one before it, is not finite.
+        """
+        self._waiting.append((step, loss.detach(), indices))
+        if not loss.is_cuda:
+            self.settle()
+
+    def settle(self) -> None:
+        """Look at the losses of all steps since the last look.
+
+        Raises:
+            InputError: one is not finite.
+        """
+        waiting, self._waiting = self._waiting, []
+        losses = torch.stack([loss for _, loss, _ in waiting]).tolist() if waiting else []
+        for (step, _, indices), loss in zip(waiting, losses, strict=True):
+            if not math.isfinite(loss):
+                images = list(dict.fromkeys(str(self._paths[i]) for i in indices.tolist()))
+                raise InputError(
+                    f"{self._stage}: the loss of step {step} is {loss}: the training diverged; a lower learning rate "
+                    f"or gradient clipping may keep it stable. The step's {len(images)} images: "
+                    f"{', '.join(images[:_NAMED])}{', …' * (len(images) > _NAMED)}"
+                )
 
 
 class CheckpointClock:

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from apd.config import Config, MPGConfig
+from apd.data.augmentation import as_floats
 from apd.data.images import ImageStore
-from apd.data.loading import as_floats, images_in_order, training_batches
+from apd.data.loading import images_in_order, training_batches
 from apd.errors import InputError
 from apd.models.mpgnet import Discriminator, Generator, discriminator_loss, generator_losses
 from apd.models.trunk import Trunk
 from apd.run import GENERATOR, save_tensors
 from apd.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
-from apd.training.engine import CheckpointClock, seed_step
+from apd.training.engine import CheckpointClock, LossGuard, seed_step
 from apd.training.log import StageLog
 from apd.training.sources import Sources
 
@@ -164,11 +165,13 @@ def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device:
     with StageLog(run, STAGE, "MPG-Net", start, options.steps, every=config.log_steps, state=logged) as log:
 
         def save(step: int) -> None:
+            guard.settle()
             state = {name: network.state_dict() for name, network in networks.items()}
             state |= {f"{name}_optimizer": optimizer.state_dict() for name, optimizer in optimizers.items()}
             log.flush()
             save_checkpoint(run, STAGE, step, {**state, "log": log.state()})
 
+        guard = LossGuard(STAGE, sources.paths)
         clock = CheckpointClock(config.checkpoint_minutes, save)
         for step, batch in enumerate(batches, start + 1):
             seed_step(config.seed, _STREAM, step)
@@ -196,6 +199,7 @@ def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device:
             loss_d.backward()
             optimizers["discriminator"].step()
 
+            guard.watch(step, losses.total.detach() + loss_d.detach(), batch.indices[: options.batch_size])
             values = {
                 "loss_g": losses.adversarial,
                 "loss_d": loss_d,
@@ -205,9 +209,11 @@ def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device:
             }
             facts = {"epoch": step / sampler.steps_per_epoch, "lr": options.lr}
             if log.due(step):
+                guard.settle()
                 facts["flipped"] = float(flipped_share(deep.detach(), indices[: options.batch_size], bank, labels))
             log.step(step, values, **facts)
             clock.tick(step)
+        guard.settle()
     save_tensors(run / GENERATOR, generator)
     remove_checkpoints(run, STAGE)
     return log.seconds

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from apd.config import Config, TrainConfig
+from apd.data.augmentation import Augmentation, training_transform
 from apd.data.images import ImageStore
-from apd.data.loading import training_batches, training_transform
+from apd.data.loading import Batch, device_batches, fits_on, training_batches
 from apd.data.market import Sample
-from apd.data.sampler import PKSampler
-from apd.models.spnet import SPNet, build_spnet, parameter_groups
+from apd.data.sampler import BatchOrder, DomainSampler, PKSampler
+from apd.models.spnet import build_spnet, parameter_groups
 from apd.run import WEIGHTS, save_tensors
 from apd.training.checkpoint import load_checkpoint, save_checkpoint
-from apd.training.engine import CheckpointClock, make_accelerator, seed_step
+from apd.training.engine import CheckpointClock, LossGuard, make_accelerator
 from apd.training.log import StageLog
-from apd.training.losses import latent_loss, spnet_losses
-from apd.training.sources import Sources, split_validation
-from apd.training.validation import evaluate_samples
+from apd.training.ranks import Unlogged, own_rows
+from apd.training.sources import Sources
+from apd.training.step import TrainingStep
+from apd.training.validation import Validation
 
 STAGE = "sp"
-_STREAM = 2
 _MOMENTUM = 0.9
 
 
@@ -47,29 +50,36 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     return torch.optim.AdamW(groups)
 
 
-def training_losses(model: SPNet, images: Tensor, labels: Tensor, config: Config, ramp: float) -> dict[str, Tensor]:
-    """The losses of a step by the names of their columns, and the accuracy of the classifier on K."""
-    branches = model.branches(images, labels)
-    losses = spnet_losses(branches, labels, config.loss, ramp)
-    if config.perturbation in ("latent", "both"):
-        losses["loss_latent"] = latent_loss(branches.relevant.features, labels, model.heads, config.loss, config.latent)
-        losses["loss"] = losses["loss"] + config.latent.weight * losses["loss_latent"]
-    losses["accuracy"] = (branches.relevant.logits.detach().argmax(1) == labels).float().mean()
-    return losses
-
-
 def check_sp(sources: Sources, config: Config) -> None:
     """Raise now what would end stage 2 before its first step, and so waste a stage 1.
 
     Raises:
-        InputError: too few identities, or a backbone or weights that are not to be had.
+        InputError: too few identities, or too few for the processes; a backbone or weights that are not to be had.
     """
+    own_rows(config.train)
     _sampler(sources, config)
     build_spnet(config.model, (config.data.height, config.data.width), sources.identities)
 
 
-def _sampler(sources: Sources, config: Config) -> PKSampler:
-    return PKSampler(sources.labels, config.train.batch_size, config.train.instances, seed=config.seed)
+def _sampler(sources: Sources, config: Config) -> BatchOrder:
+    size = (config.train.batch_size, config.train.instances)
+    if config.train.sampler == "domain":
+        return DomainSampler(sources.labels, sources.domains, *size, seed=config.seed)
+    return PKSampler(sources.labels, *size, seed=config.seed)
+
+
+def _batches(
+    sources: Sources, config: Config, fill: Sequence[float], device: torch.device, own: slice, start: int, stop: int
+) -> Iterator[Batch]:
+    """Augmented where the configuration says."""
+    data = config.data
+    augmentation = Augmentation.of(data, fill)
+    order: dict[str, Any] = {"seed": config.seed, "start": start, "stop": stop, "rows": own}
+    store = ImageStore(sources.paths, (data.height, data.width), cache=data.cache)
+    if data.augment == "device" or (data.augment == "auto" and fits_on(device, store.bytes)):
+        return device_batches(store.all().to(device), _sampler(sources, config), augmentation, **order)
+    transform = training_transform(augmentation)
+    return training_batches(store, _sampler(sources, config), transform, workers=data.workers, **order)
 
 
 def train_sp(run: Path, sources: Sources, validation: list[list[Sample]], config: Config, device: str) -> float:
@@ -89,17 +99,17 @@ def train_sp(run: Path, sources: Sources, validation: list[list[Sample]], config
         the seconds it took, those before a restart included.
 
     Raises:
-        InputError: too few identities, an unreadable image, or losses that are not finite.
+        InputError: too few identities, or too few for the processes; an unreadable image; a loss that is not finite.
     """
     options = config.train
+    own = own_rows(options)
     size = (config.data.height, config.data.width)
     accelerator = make_accelerator(config, device)
     checkpoint = load_checkpoint(run, STAGE)
     torch.manual_seed(config.seed)
-    model = build_spnet(config.model, size, sources.identities, load=checkpoint is None)
+    model = build_spnet(config.model, size, sources.identities, load=checkpoint is None).to(accelerator.device)
     start, logged, best = 0, None, -1.0
-    optimizer = make_optimizer(model, options)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
+    optimizer = accelerator.prepare(make_optimizer(model, options))
     if checkpoint is not None:
         start, logged, best = checkpoint["step"], checkpoint["log"], checkpoint["best"]
         model.load_state_dict(checkpoint["model"])
@@ -110,59 +120,51 @@ def train_sp(run: Path, sources: Sources, validation: list[list[Sample]], config
     epoch = sources.originals / options.batch_size  # in steps
     steps = total_steps(options, sources.originals)
     warmup, ramp = options.warmup_epochs * epoch, config.loss.ramp_epochs * epoch
-    held_out = [split_validation(samples) for samples in validation if samples]
-    validation_steps = max(1, round(options.validation_epochs * epoch))
+    every = max(1, round(options.validation_epochs * epoch))
+    chosen = Validation(run, validation, size, every=every, workers=config.data.workers, best=best)
     labels = torch.from_numpy(sources.labels)
-    batches = training_batches(
-        ImageStore(sources.paths, size, cache=config.data.cache),
-        _sampler(sources, config),
-        training_transform(config.data.flip, config.data.pad, config.data.erasing, model.mean_colour),
-        seed=config.seed,
-        start=start,
-        stop=steps,
-        workers=config.data.workers,
-    )
+    batches = _batches(sources, config, model.mean_colour, accelerator.device, own, start, steps)
+    work, guard = TrainingStep(model, config, accelerator), LossGuard(STAGE, sources.paths)
     title = "baseline" if config.model.ssd == "none" else "SP-Net"
-    with StageLog(run, STAGE, title, start, steps, every=config.log_steps, state=logged) as log:
+    writes = accelerator.is_main_process
+    log = StageLog(run, STAGE, title, start, steps, every=config.log_steps, state=logged) if writes else Unlogged()
+    with log:
 
         def save(step: int) -> None:
+            guard.settle()
             log.flush()
             state = {
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "scaler": {} if accelerator.scaler is None else accelerator.scaler.state_dict(),
             }
-            save_checkpoint(run, STAGE, step, {**state, "log": log.state(), "best": best})
+            save_checkpoint(run, STAGE, step, {**state, "log": log.state(), "best": chosen.best})
 
         clock = CheckpointClock(config.checkpoint_minutes, save)
         model.train()
         for step, batch in enumerate(batches, start + 1):
-            seed_step(config.seed, _STREAM, step)
             factor = rate(step - 1, warmup, steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
             images = batch.images.to(accelerator.device, non_blocking=True)
             targets = labels[batch.indices].to(accelerator.device, non_blocking=True)
-            with accelerator.autocast():
-                losses = training_losses(model, images, targets, config, min(1.0, step / ramp) if ramp else 1.0)
             optimizer.zero_grad()
-            accelerator.backward(losses["loss"])
+            losses = work.backward(step, images, own, targets, min(1.0, step / ramp) if ramp else 1.0)
+            guard.watch(step, losses["loss"], batch.indices)
             if options.clip is not None:
-                accelerator.clip_grad_norm_(prepared.parameters(), options.clip)
+                accelerator.clip_grad_norm_(model.parameters(), options.clip)
             optimizer.step()
+            if log.due(step) or chosen.due(step, steps):
+                guard.settle()
             log.step(step, losses, epoch=step / epoch, lr=optimizer.param_groups[0]["lr"])
-            if held_out and (step % validation_steps == 0 or step == steps):
-                found = [evaluate_samples(model, *parts, size, config.data.workers) for parts in held_out]
-                model.train()
-                score = sum(result.mAP for result in found) / len(found)
-                rank1 = sum(float(result.cmc[0]) for result in found) / len(found)
-                log.line(step, validation_map=score, validation_rank1=rank1)
-                if score > best:
-                    best = score
-                    save_tensors(run / WEIGHTS, model)
-            clock.tick(step)
-        if start < steps:
+            if writes:
+                if chosen.due(step, steps):
+                    with accelerator.autocast():
+                        chosen.validate(model, step, log)
+                clock.tick(step)
+        guard.settle()
+        if writes and start < steps:
             clock.save(steps)
-    if not held_out:
+    if writes and not chosen:
         save_tensors(run / WEIGHTS, model)
     return log.seconds

@@ -23,7 +23,9 @@ from apd.models.spnet import build_spnet
 from apd.models.trunk import TransformerTrunk, Trunk, build_trunk, resolve_trunk
 from apd.run import CONFIG, GENERATOR, INFO, WEIGHTS, Run, update_info
 from apd.synthesis import synthesize
+from apd.training.engine import check_precision
 from apd.training.mpg import train_mpg
+from apd.training.ranks import join, on_first, own_rows
 from apd.training.sources import Sources, gather_sources
 from apd.training.sp import check_sp, train_sp
 from apd.training.validation import evaluate_samples
@@ -70,6 +72,9 @@ def start_run(path: Path, config: Config, data: Sequence[Path]) -> Run:
 def train_run(run: Run, device: str) -> dict[str, Any]:
     """Train a run from where it stands to its end.
 
+    Of several processes (`apd.training.ranks`) all call it. Stage 2 is theirs in
+    common; the first one alone does stage 1 and everything that writes files.
+
     Args:
         run: made by `start_run`; an interrupted one goes on from its last checkpoint.
         device: ``"cpu"`` or ``"cuda"``.
@@ -80,51 +85,69 @@ def train_run(run: Run, device: str) -> dict[str, Any]:
     Raises:
         InputError: the data or the configuration cannot be used.
     """
+    join(device)
     config, path = run.config, run.path
-    folders = [_read_source(Path(folder)) for folder in run.info().get("data", [])]
-    if not folders:
-        raise InputError(f"{path / INFO}: names no data folders")
+    check_precision(config, device)  # now, not after stage 1
+    own_rows(config.train)
+    folders = on_first(lambda: _read_sources(run))
     sources, validation = gather_sources(
         [folder.train for folder in folders], config.train.validation_identities, config.seed
     )
-    for folder in folders:
-        console.print(f"source {folder.path.name}: {_counts(folder.train)}", soft_wrap=True)
     if config.perturbation in ("generator", "both"):
-        if not (path / GENERATOR).is_file():
-            trunk = make_trunk(run, device)
-            console.print(f"MPG-Net: ψ and φ of {trunk.name}", soft_wrap=True)
-            update_info(path, trunk=trunk.name)
-            _took(path, "mpg", train_mpg(path, sources, trunk, config, device))
-        start = time.perf_counter()
-        sources = _synthesized(run, folders, sources, device)
-        _took(path, "synthesize", run.info().get("seconds", {}).get("synthesize", 0.0) + time.perf_counter() - start)
-    if not (path / WEIGHTS).is_file() or config.train.validation_identities:
-        _took(path, "sp", train_sp(path, sources, validation, config, device))
-    _report(run, folders, sources, device)
+        if not on_first((path / GENERATOR).is_file):
+            _train_trunk(run, device)
+            on_first(lambda: _train_generator(run, sources, device))
+        sources = on_first(lambda: _synthesized(run, folders, sources, device))
+    if config.train.validation_identities or not on_first((path / WEIGHTS).is_file):
+        seconds = train_sp(path, sources, validation, config, device)
+        on_first(lambda: _took(path, "sp", seconds))
+    on_first(lambda: _report(run, folders, sources, device))
     return run.info()
 
 
-def make_trunk(run: Run, device: str) -> Trunk:
-    """ψ and φ as configured; ``self`` trains the baseline first, in the run's folder ``baseline``, or takes a run's.
+def _read_sources(run: Run) -> list[ReidFolder]:
+    folders = [_read_source(Path(folder)) for folder in run.info().get("data", [])]
+    if not folders:
+        raise InputError(f"{run.path / INFO}: names no data folders")
+    for folder in folders:
+        console.print(f"source {folder.path.name}: {_counts(folder.train)}", soft_wrap=True)
+    return folders
 
-    What ``auto`` stands for is decided once: a run that goes on has the ψ and φ that it began with, or an error.
-    """
+
+def _train_generator(run: Run, sources: Sources, device: str) -> None:
+    trunk = make_trunk(run, device)
+    console.print(f"MPG-Net: ψ and φ of {trunk.name}", soft_wrap=True)
+    update_info(run.path, trunk=trunk.name)
+    _took(run.path, "mpg", train_mpg(run.path, sources, trunk, run.config, device))
+
+
+def _trunk_choice(run: Run) -> str:
+    """What ``auto`` stands for is decided once: a run that goes on has the ψ and φ that it began with, or an error."""
     options = run.config.mpg
     name = run.info().get("trunk_choice") or resolve_trunk(options.trunk, options.trunk_weights)
-    torch.manual_seed(run.config.seed)  # the weights of random:NAME
-    trunk = None if name == "self" else build_trunk(name, options.trunk_weights)
     update_info(run.path, trunk_choice=name)
-    if trunk is not None:
-        return trunk
-    if options.trunk_weights is not None:
-        baseline = Run(options.trunk_weights)
-    else:
-        path = run.path / BASELINE
-        config = replace(run.config, perturbation="none", model=replace(run.config.model, ssd="none"))
-        if not (path / CONFIG).is_file():
-            start_run(path, config, [Path(folder) for folder in run.info()["data"]])
-        baseline = Run(path)
-        train_run(baseline, device)
+    return name
+
+
+def _train_trunk(run: Run, device: str) -> None:
+    """With ``trunk: self``: train the baseline in the run's folder ``baseline``, unless a run of one is given."""
+    if run.config.mpg.trunk_weights is not None or on_first(lambda: _trunk_choice(run)) != "self":
+        return
+    path = run.path / BASELINE
+    config = replace(run.config, perturbation="none", model=replace(run.config.model, ssd="none"))
+    if not on_first((path / CONFIG).is_file):
+        on_first(lambda: start_run(path, config, [Path(folder) for folder in run.info()["data"]]))
+    train_run(Run(path), device)
+
+
+def make_trunk(run: Run, device: str) -> Trunk:
+    """ψ and φ as configured; ``self`` trains the baseline first, in the run's folder ``baseline``, or takes a run's."""
+    options = run.config.mpg
+    torch.manual_seed(run.config.seed)  # the weights of random:NAME
+    name = _trunk_choice(run)
+    if name != "self":
+        return build_trunk(name, options.trunk_weights)
+    baseline = Run(options.trunk_weights or run.path / BASELINE)
     if baseline.config.model.ssd != "none" or baseline.size != run.size:
         raise InputError(
             f"mpg.trunk_weights: {baseline.path}: expected a baseline (model.ssd none) of {run.size[0]}×{run.size[1]} "
@@ -157,7 +180,7 @@ def _read_source(path: Path) -> ReidFolder:
 
 def _synthesized(run: Run, folders: Sequence[ReidFolder], sources: Sources, device: str) -> Sources:
     """Write the synthesized images into the run, and take those that the configuration asks for."""
-    config = run.config
+    config, start = run.config, time.perf_counter()
     if config.data.train_on == "original":
         return sources
     generator = run.load_generator(device)
@@ -175,6 +198,7 @@ def _synthesized(run: Run, folders: Sequence[ReidFolder], sources: Sources, devi
             workers=config.data.workers,
         )
         new |= {sample.path: path for sample, path in zip(folder.train, made, strict=True)}
+    _took(run.path, "synthesize", run.info().get("seconds", {}).get("synthesize", 0.0) + time.perf_counter() - start)
     return sources.with_synthesized([new[path] for path in sources.paths], config.data.train_on)
 
 

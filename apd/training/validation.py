@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,61 @@ from torch.nn.functional import normalize
 from apd.data.images import ImageStore
 from apd.data.loading import images_in_order
 from apd.data.market import Sample
+from apd.run import WEIGHTS, save_tensors
+from apd.training.log import StageLog
+from apd.training.sources import split_validation
 from apd_kernels import RankMetrics, rank_metrics
 
 _BATCH = 128
+
+
+class Validation:
+    """Keeps the weights with the best mAP on held-out identities of the sources; images of a target have no say.
+
+    Args:
+        run: the run's folder.
+        held_out: images of each source; empty lists for none.
+        size: height and width to resize them to, pixels.
+        every: steps between two validations.
+        workers: processes that read images.
+        best: the best mAP so far.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        held_out: Sequence[Sequence[Sample]],
+        size: tuple[int, int],
+        *,
+        every: int,
+        workers: int,
+        best: float,
+    ) -> None:
+        self._run = run
+        self._parts = [split_validation(samples) for samples in held_out if samples]
+        self._size = size
+        self._every = every
+        self._workers = workers
+        self.best = best
+
+    def __bool__(self) -> bool:
+        """Whether anything is held out."""
+        return bool(self._parts)
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether to validate after `step` of `steps` steps."""
+        return bool(self) and (step % self._every == 0 or step == steps)
+
+    def validate(self, model: nn.Module, step: int, log: StageLog) -> None:
+        """Evaluate, write a line, and keep the weights where they are the best so far."""
+        found = [evaluate_samples(model, *parts, self._size, self._workers) for parts in self._parts]
+        model.train()
+        score = sum(result.mAP for result in found) / len(found)
+        rank1 = sum(float(result.cmc[0]) for result in found) / len(found)
+        log.line(step, validation_map=score, validation_rank1=rank1)
+        if score > self.best:
+            self.best = score
+            save_tensors(self._run / WEIGHTS, model)
 
 
 def evaluate_samples(
