@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich import box
@@ -18,6 +18,9 @@ from apd.evaluation import RANKS, Evaluation
 from apd.features import SPLITS, FeatureSet
 from apd.retrieval import RankedLists
 from apd_kernels import Gallery
+
+if TYPE_CHECKING:
+    from apd.hard_testing import HardTest
 
 console = Console(highlight=False)
 _TIES = "pessimistic: a wrong image at the distance of a right one comes first"
@@ -92,12 +95,16 @@ def print_evaluation(result: Evaluation, query: FeatureSet, gallery: FeatureSet)
         ("re-ranking", "off"),
     )
     values = {**{f"rank-{k}": result.cmc[k] for k in RANKS}, "mAP": result.mAP, "mINP": result.mINP}
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table = _plain_table()
     for name in values:
         table.add_column(name)
     table.add_row(*(f"{value:.6f}" for value in values.values()), style="bold")
     console.print()
     console.print(table)
+
+
+def _plain_table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
 
 
 def print_indexed(gallery: Gallery, rows: FeatureSet) -> None:
@@ -132,6 +139,38 @@ def print_lists(lists: RankedLists, gallery: Gallery, show: int) -> None:
 
 def _labels(pid: int | None, camera: int | None) -> str:
     return "".join(f"{name} {value}  " for name, value in (("id", pid), ("camera", camera)) if value not in (None, -1))
+
+
+def print_hard_test(test: HardTest) -> None:
+    """Each kind of images: content change, the judge's figures and their fall, and those of the run's own network."""
+    own = test.rows[0].network is not None
+    heads = ("", "strength", "content", "rank-1, %", "mAP, %", "fall of rank-1", *("SP-Net rank-1", "mAP") * own)
+    table = _plain_table()
+    for heading in heads:
+        table.add_column(heading, justify="right" if heading else "left")
+    for row in test.rows:
+        drop = test.drop(row.name)
+        cells = [
+            row.name,
+            "" if row.strength is None else f"{row.strength:.3f}",
+            f"{row.distance / test.across_cameras:.3f}",
+            f"{100 * row.judge.rank1:.1f} ± {100 * row.judge.rank1_error:.1f}",
+            f"{100 * row.judge.mAP:.1f}",
+            "" if row.strength is None else f"{100 * drop.mean:.1f} ± {100 * drop.error:.1f}",
+        ]
+        if row.network is not None:
+            cells += [f"{100 * row.network.rank1:.1f}", f"{100 * row.network.mAP:.1f}"]
+        table.add_row(*cells)
+    _facts(
+        ("queries", f"{len(test.rows[0].judge.right):,}"),
+        ("content", "mean φ-distance to the original over that of two images of a person from different cameras"),
+    )
+    console.print()
+    console.print(table)
+    console.print()
+    for name in test.weaker_controls:
+        console.print(f"note: {name} at its strongest changes less than the generator does", soft_wrap=True)
+    console.print(test.verdict(), soft_wrap=True)
 
 
 def print_written(*paths: Path) -> None:

@@ -23,6 +23,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("typer")
 
 from command_line import error, run
+from drawn import TINY, draw_people, trained
 
 from apd.config import Config, TrainConfig
 from apd.config_files import load_config, save_config
@@ -34,16 +35,6 @@ from apd.training.log import read_metrics
 from apd.training.sources import Sources, gather_sources, split_validation
 from apd.training.sp import rate, total_steps
 from apd.training.train import start_run, train_run
-
-TINY = (
-    *("data.height=32", "data.width=16", "data.pad=2", "data.workers=0", "data.cache=true"),
-    *("mpg.steps=4", "mpg.batch_size=4", "mpg.negatives=2", "mpg.width=4", "mpg.blocks=1", "mpg.trunk=self"),
-    *("mpg.discriminator_width=4", "mpg.discriminator_layers=2"),
-    *("model.backbone=vit_tiny_patch16_224", "model.pretrained=none", "model.patch_size=8", "model.embed_dim=24"),
-    *("model.depth=2", "model.heads=2", "train.batch_size=8", "train.instances=2", "train.steps=4"),
-    *("train.optimizer=adamw", "train.lr=0.0005", "train.warmup_epochs=1", "train.bias_lr=1"),
-    *("loss.ramp_epochs=1", "log_steps=2", "checkpoint_minutes=0.00001"),
-)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,24 +48,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """8 identities × 2 cameras × 2 images of their own colours to train on, and 4 others to test on."""
-    folder, random = tmp_path_factory.mktemp("data") / "drawn", np.random.default_rng(0)
-    for pid in range(1, 13):
-        colour = random.integers(40, 215, 3)
-        for camera in (1, 2):
-            for frame in (1, 2):
-                part = "bounding_box_train" if pid <= 8 else ("query", "bounding_box_test")[frame - 1]
-                (folder / part).mkdir(parents=True, exist_ok=True)
-                pixels = colour + random.integers(-40, 40, (32, 16, 3)) + 10 * camera
-                image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-                image.save(folder / part / f"{pid:04d}_c{camera}s1_{frame:06d}_00.png")
-    return folder
-
-
-def trained(path: Path, data: Path, *changes: str) -> Run:
-    made = start_run(path, load_config(None, [*TINY, *changes]), [data])
-    train_run(made, "cpu")
-    return made
+    return draw_people(tmp_path_factory.mktemp("data") / "drawn")
 
 
 @pytest.fixture(scope="module")
