@@ -20,6 +20,7 @@ from apd.retrieval import RankedLists
 from apd_kernels import Gallery
 
 if TYPE_CHECKING:
+    from apd.export import Exported
     from apd.hard_testing import HardTest
 
 console = Console(highlight=False)
@@ -139,6 +140,16 @@ def print_lists(lists: RankedLists, gallery: Gallery, show: int) -> None:
 
 def _labels(pid: int | None, camera: int | None) -> str:
     return "".join(f"{name} {value}  " for name, value in (("id", pid), ("camera", camera)) if value not in (None, -1))
+
+
+def print_exported(exported: Exported) -> None:
+    about = exported.metadata
+    _facts(
+        ("model", f"{about['run']}, weights {about['fingerprint'][:12]}"),
+        ("images", f"{about['input']}; {about['height']} × {about['width']}; normalization {about['normalization']}"),
+        ("output", about["output"]),
+        ("checked", f"at most {exported.difference:.1e} from PyTorch's descriptors (tolerance {about['tolerance']})"),
+    )
 
 
 def print_hard_test(test: HardTest) -> None:

@@ -1,4 +1,4 @@
-"""The commands that look at a run: ``hardtest``."""
+"""The commands for a finished run: ``export`` and ``hardtest``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,26 @@ import typer
 from apd.cli.common import Device, DeviceOption, check_file, reported, torch_device
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+
+
+@reported
+def export(
+    run: RunArgument,
+    output: Annotated[Path, typer.Option(help="File to write or replace, .onnx.")],
+    opset: Annotated[int, typer.Option(min=18, help="Version of the ONNX operators.")] = 18,
+) -> None:
+    """Write a run's network as ONNX: images in [0, 1] to descriptors of length 1, any number at once.
+
+    The normalization of the images is inside. The file is written after ONNX
+    Runtime has given the same descriptors as PyTorch.
+    """
+    check_file(output, "--output", (".onnx",))
+    from apd.display import print_exported, print_written
+    from apd.export import export_onnx
+    from apd.run import Run
+
+    print_exported(export_onnx(Run(run), output, opset=opset))
+    print_written(output)
 
 
 @reported
