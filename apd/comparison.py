@@ -27,6 +27,7 @@ class Retrieval:
     identities: np.ndarray  # int64 (Q,)
     right: np.ndarray  # bool (Q,): the nearest gallery image is the query's identity
     ap: np.ndarray  # float64 (Q,): average precision
+    queries: np.ndarray  # int64 (Q,): their rows among all queries
 
     @property
     def rank1(self) -> float:
@@ -53,8 +54,8 @@ def retrieve(query: FeatureSet, gallery: FeatureSet) -> Retrieval:
     result = rank_metrics(x, y, *columns, metric="cosine")
     blocks = [_rows(query, start, start + _QUERIES) for start in range(0, len(query), _QUERIES)]
     right = np.concatenate([_right_at_rank1(block, gallery) for block in blocks])
-    counted = result.valid.numpy()
-    return Retrieval(query.identities()[counted].astype(np.int64), right[counted], result.ap.numpy()[counted])
+    counted = np.flatnonzero(result.valid.numpy())
+    return Retrieval(query.identities()[counted].astype(np.int64), right[counted], result.ap.numpy()[counted], counted)
 
 
 def _rows(rows: FeatureSet, start: int, stop: int) -> FeatureSet:

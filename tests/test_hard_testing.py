@@ -96,7 +96,7 @@ def test_across_cameras(tmp_path: Path) -> None:
 def hard_test(shares: dict[str, float], distance: float = 0.2) -> HardTest:
     def found(share: float) -> Retrieval:
         right = np.arange(100) < 100 * share
-        return Retrieval(np.arange(100) // 2, right, right.astype(np.float64))
+        return Retrieval(np.arange(100) // 2, right, right.astype(np.float64), np.arange(100))
 
     rows = [Row(name, None, distance, found(share), None) for name, share in shares.items()]
     return HardTest(0.5, tuple(rows))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import typer
 
 from apd.cli.retrieval import FILE_HELP, evaluate, extract, index, search
-from apd.cli.runs import export, hardtest
+from apd.cli.runs import export, hardtest, report
 from apd.cli.tools import demo, env
 from apd.cli.training import show, synthesize, train
 
@@ -23,7 +23,7 @@ for command in (train, synthesize):
     app.command()(command)
 for command in (extract, evaluate, index, search):
     app.command(epilog=FILE_HELP)(command)
-for command in (export, hardtest, demo, env):
+for command in (export, report, hardtest, demo, env):
     app.command()(command)
 config = typer.Typer(help="Configurations of a training.", no_args_is_help=True)
 config.command()(show)

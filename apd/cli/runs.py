@@ -1,4 +1,4 @@
-"""The commands for a finished run: ``export`` and ``hardtest``."""
+"""The commands for a finished run: ``export``, ``report`` and ``hardtest``."""
 
 from __future__ import annotations
 
@@ -30,6 +30,31 @@ def export(
 
     print_exported(export_onnx(Run(run), output, opset=opset))
     print_written(output)
+
+
+@reported
+def report(
+    run: RunArgument,
+    target: Annotated[
+        list[Path] | None, typer.Option(help="Data set to test on besides the sources' own; may be repeated.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="File to write or replace; default: RUN/report.html.")] = None,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Write one HTML page on a run: its figures, ranked lists, synthesized images, attention maps, curves, values.
+
+    The page needs no other file, no network and no JavaScript.
+    """
+    path = output or run / "report.html"
+    on = torch_device(device)
+    from apd.display import print_written
+    from apd.run import Run
+    from apd.run_report import write_run_report
+
+    found = Run(run)
+    check_file(path, "--output", (".html",))
+    write_run_report(path, found, target or (), on)
+    print_written(path)
 
 
 @reported
