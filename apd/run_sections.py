@@ -178,7 +178,7 @@ def attention_section(run: Run, images: Sequence[Path]) -> report.Section:
         tiles = [
             report.Tile(
                 [report.heat_picture(shown, values.numpy())],
-                (name, f"{float(values.min()):.2f} to {float(values.max()):.2f}"),
+                (name, f"{float(values.min()):.2f}–{float(values.max()):.2f}"),
             )
             for name, values in named.items()
         ]

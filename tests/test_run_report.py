@@ -108,7 +108,7 @@ def test_attention_is_what_masks_the_features(made: SimpleNamespace) -> None:
     strips = attention_section(made.run, paths).blocks
     captions = [tile.caption for tile in strips[0].tiles]
     assert [name for name, _ in captions] == ["a1", "a2", "a3", "mean"]
-    assert captions[3][1] == f"{float(shares[0].min()):.2f} to {float(shares[0].max()):.2f}"
+    assert captions[3][1] == f"{float(shares[0].min()):.2f}–{float(shares[0].max()):.2f}"
 
 
 def test_a_baseline_has_neither_attention_nor_synthesized_images(made: SimpleNamespace, tmp_path: Path) -> None:
