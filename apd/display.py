@@ -163,11 +163,11 @@ def print_hard_test(test: HardTest) -> None:
         drop = test.drop(row.name)
         cells = [
             row.name,
-            "" if row.strength is None else f"{row.strength:.3f}",
+            f"{row.strength:.3f}",
             f"{row.distance / test.across_cameras:.3f}",
             f"{100 * row.judge.rank1:.1f} ± {100 * row.judge.rank1_error:.1f}",
             f"{100 * row.judge.mAP:.1f}",
-            "" if row.strength is None else f"{100 * drop.mean:.1f} ± {100 * drop.error:.1f}",
+            f"{100 * drop.mean:.1f} ± {100 * drop.error:.1f}",
         ]
         if row.network is not None:
             cells += [f"{100 * row.network.rank1:.1f}", f"{100 * row.network.mAP:.1f}"]
@@ -181,7 +181,9 @@ def print_hard_test(test: HardTest) -> None:
     console.print()
     for name in test.weaker_controls:
         console.print(f"note: {name} at its strongest changes less than the generator does", soft_wrap=True)
-    console.print(test.verdict(), soft_wrap=True)
+    for line in (test.verdict(), test.defence()):
+        if line is not None:
+            console.print(line, soft_wrap=True)
 
 
 def print_written(*paths: Path) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ from apd.errors import InputError
 from apd.features import FeatureSet
 from apd.models.trunk import Trunk
 from apd.run import WEIGHTS, Run
-from apd.training.train import make_trunk
+from apd.training.train import BASELINE, make_trunk
 
 CONTENT_BOUND = 0.5  # of the mean φ-distance between a person's images from different cameras
 GOAL = 1.5  # times the fall of rank-1 under the strongest control
@@ -48,6 +48,11 @@ _STREAM = 5  # of the seed: no other part of the package draws the same numbers
 
 # Images (B, 3, H, W) in [0, 1], a random generator for each, and a strength, at 0 of which nothing changes.
 Change = Callable[[Tensor, Sequence[torch.Generator], float], Tensor]
+
+
+def unchanged(images: Tensor, randoms: Sequence[torch.Generator], strength: float) -> Tensor:
+    """The images, whatever the strength."""
+    return images
 
 
 def gaussian_noise(images: Tensor, randoms: Sequence[torch.Generator], strength: float) -> Tensor:
@@ -97,7 +102,7 @@ class Row:
     """One kind of images, and what was found with them."""
 
     name: str
-    strength: float | None  # None for the originals
+    strength: float  # 1 is G(x); of a control what its change means by it
     distance: float  # mean φ-distance to the originals
     judge: Retrieval
     network: Retrieval | None  # of the run's own SP-Net, where its training has come to an end
@@ -155,6 +160,15 @@ class HardTest:
         times = "no control lets it fall" if self.ratio is None else f"{self.ratio:.2f} × {self.strongest_control}"
         fall = f"rank-1 falls by {100 * self.drop(GENERATED).mean:.1f} points, {times} (goal {GOAL} ×)"
         return f"{'reached' if self.reached else 'missed'}: {content}; {fall}"
+
+    def defence(self) -> str | None:
+        """What training on such images is good for, in a line: the run's own network beside the judge."""
+        shares = [
+            f"{row.name} {100 * row.judge.rank1:.1f} → {100 * row.network.rank1:.1f}"
+            for row in self.rows[:2]
+            if row.network is not None
+        ]
+        return f"defence: rank-1 of the judge → of the run's own network: {', '.join(shares)}" if shares else None
 
     def as_json(self) -> dict[str, Any]:
         rows: dict[str, Any] = {}
@@ -221,7 +235,7 @@ def run_hard_test(
             advance(1)
             return row
 
-        rows = [replace(measured(ORIGINALS, gaussian_noise, 0.0), strength=None), measured(GENERATED, made, 1.0)]
+        rows = [measured(ORIGINALS, unchanged, 0.0), measured(GENERATED, made, 1.0)]
         target = bench.probe(made, 1.0)
         for name, (change, strongest) in controls.items():
             strength = matching_strength(partial(bench.probe, change), target, strongest)
@@ -236,7 +250,7 @@ def _check_runs(run: Run, judge: Run, control: Run | None) -> None:
     if run.config.mpg.trunk_weights is not None and Path(run.config.mpg.trunk_weights).is_dir():
         trunk = Path(run.config.mpg.trunk_weights)
     else:
-        trunk = run.path / "baseline"
+        trunk = run.path / BASELINE
     if (trunk / WEIGHTS).is_file() and Run(trunk).fingerprint() == judge.fingerprint():
         raise InputError(f"--judge {judge.path}: is ψ of {run.path}; expected another baseline, of another seed say")
     for option, other in (("--judge", judge), ("--control", control)):

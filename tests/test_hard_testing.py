@@ -98,7 +98,7 @@ def hard_test(shares: dict[str, float], distance: float = 0.2) -> HardTest:
         right = np.arange(100) < 100 * share
         return Retrieval(np.arange(100) // 2, right, right.astype(np.float64), np.arange(100))
 
-    rows = [Row(name, None, distance, found(share), None) for name, share in shares.items()]
+    rows = [Row(name, 1.0, distance, found(share), None) for name, share in shares.items()]
     return HardTest(0.5, tuple(rows))
 
 
@@ -183,6 +183,8 @@ def test_command(runs: SimpleNamespace, tmp_path: Path) -> None:
     assert list(found["rows"]) == ["originals", "G(x)", "noise", "blur", "colour jitter"]
     assert f"{found['content']:.3f}" in printed
     assert ("reached: " if found["reached"] else "missed: ") in printed
+    shares = [100 * found["rows"]["G(x)"][model]["rank1"] for model in ("judge", "network")]
+    assert f"G(x) {shares[0]:.1f} → {shares[1]:.1f}" in printed
 
 
 def test_synthesized_images_are_judged(runs: SimpleNamespace, tmp_path: Path) -> None:
