@@ -16,6 +16,7 @@ from rich.text import Text
 
 from apd.evaluation import RANKS, Evaluation
 from apd.features import SPLITS, FeatureSet
+from apd.report import Table as ReportTable
 from apd.retrieval import RankedLists
 from apd_kernels import Gallery
 
@@ -96,7 +97,7 @@ def print_evaluation(result: Evaluation, query: FeatureSet, gallery: FeatureSet)
         ("re-ranking", "off"),
     )
     values = {**{f"rank-{k}": result.cmc[k] for k in RANKS}, "mAP": result.mAP, "mINP": result.mINP}
-    table = _plain_table()
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
     for name in values:
         table.add_column(name)
     table.add_row(*(f"{value:.6f}" for value in values.values()), style="bold")
@@ -104,12 +105,29 @@ def print_evaluation(result: Evaluation, query: FeatureSet, gallery: FeatureSet)
     console.print(table)
 
 
-def _plain_table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
-
-
 def print_indexed(gallery: Gallery, rows: FeatureSet) -> None:
     _facts(("indexed", _contents(rows)), ("distance", f"{gallery.metric}, {gallery.dim} dimensions"))
+
+
+def print_exported(exported: Exported) -> None:
+    about = exported.metadata
+    _facts(
+        ("model", f"{about['run']}, weights {about['fingerprint'][:12]}"),
+        ("images", f"{about['input']}; {about['height']} × {about['width']}; normalization {about['normalization']}"),
+        ("output", about["output"]),
+        ("checked", f"at most {exported.difference:.1e} from PyTorch's descriptors (tolerance {about['tolerance']})"),
+    )
+
+
+def print_hard_test(test: HardTest) -> None:
+    _facts(
+        ("queries", f"{len(test.rows[0].judge.right):,}"),
+        ("content", "mean φ-distance to the original over that of two images of a person from different cameras"),
+    )
+    console.print()
+    print_table(test.table())
+    for line in test.conclusions():
+        console.print(line, soft_wrap=True)
 
 
 def print_lists(lists: RankedLists, gallery: Gallery, show: int) -> None:
@@ -142,48 +160,15 @@ def _labels(pid: int | None, camera: int | None) -> str:
     return "".join(f"{name} {value}  " for name, value in (("id", pid), ("camera", camera)) if value not in (None, -1))
 
 
-def print_exported(exported: Exported) -> None:
-    about = exported.metadata
-    _facts(
-        ("model", f"{about['run']}, weights {about['fingerprint'][:12]}"),
-        ("images", f"{about['input']}; {about['height']} × {about['width']}; normalization {about['normalization']}"),
-        ("output", about["output"]),
-        ("checked", f"at most {exported.difference:.1e} from PyTorch's descriptors (tolerance {about['tolerance']})"),
-    )
-
-
-def print_hard_test(test: HardTest) -> None:
-    """Each kind of images: content change, the judge's figures and their fall, and those of the run's own network."""
-    own = test.rows[0].network is not None
-    heads = ("", "strength", "content", "rank-1, %", "mAP, %", "fall of rank-1", *("SP-Net rank-1", "mAP") * own)
-    table = _plain_table()
-    for heading in heads:
-        table.add_column(heading, justify="right" if heading else "left")
-    for row in test.rows:
-        drop = test.drop(row.name)
-        cells = [
-            row.name,
-            f"{row.strength:.3f}",
-            f"{row.distance / test.across_cameras:.3f}",
-            f"{100 * row.judge.rank1:.1f} ± {100 * row.judge.rank1_error:.1f}",
-            f"{100 * row.judge.mAP:.1f}",
-            f"{100 * drop.mean:.1f} ± {100 * drop.error:.1f}",
-        ]
-        if row.network is not None:
-            cells += [f"{100 * row.network.rank1:.1f}", f"{100 * row.network.mAP:.1f}"]
-        table.add_row(*cells)
-    _facts(
-        ("queries", f"{len(test.rows[0].judge.right):,}"),
-        ("content", "mean φ-distance to the original over that of two images of a person from different cameras"),
-    )
+def print_table(table: ReportTable) -> None:
+    """A table of a report on the terminal."""
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for i, heading in enumerate(table.head):
+        shown.add_column(heading, justify="right" if i and table.numbers else "left")
+    for i, row in enumerate(table.rows):
+        shown.add_row(*row, style="bold" if i == table.strong else None)
+    console.print(shown)
     console.print()
-    console.print(table)
-    console.print()
-    for name in test.weaker_controls:
-        console.print(f"note: {name} at its strongest changes less than the generator does", soft_wrap=True)
-    for line in (test.verdict(), test.defence()):
-        if line is not None:
-            console.print(line, soft_wrap=True)
 
 
 def print_written(*paths: Path) -> None:

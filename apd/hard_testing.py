@@ -34,6 +34,7 @@ from apd.display import progress
 from apd.errors import InputError
 from apd.features import FeatureSet
 from apd.models.trunk import Trunk
+from apd.report import Table, points
 from apd.run import WEIGHTS, Run
 from apd.training.train import BASELINE, make_trunk
 
@@ -169,6 +170,24 @@ class HardTest:
             if row.network is not None
         ]
         return f"defence: rank-1 of the judge → of the run's own network: {', '.join(shares)}" if shares else None
+
+    def conclusions(self) -> list[str]:
+        """What the figures say, in lines."""
+        short = [f"note: {name} at its strongest changes less than the generator does" for name in self.weaker_controls]
+        return [*short, self.verdict(), *filter(None, [self.defence()])]
+
+    def table(self) -> Table:
+        """Each kind of images: their change, the judge's figures, and those of the run's own network."""
+        own = ("SP-Net rank-1", "SP-Net mAP") if self.rows[0].network is not None else ()
+        head = ("", "strength", "content", "rank-1, %", "mAP, %", "fall of rank-1", *own)
+        rows = []
+        for row in self.rows:
+            drop, found = self.drop(row.name), row.judge
+            cells = [row.name, f"{row.strength:.3f}", f"{row.distance / self.across_cameras:.3f}"]
+            cells += [f"{points(found.rank1)} ± {points(found.rank1_error)}", points(found.mAP)]
+            cells.append(f"{points(drop.mean)} ± {points(drop.error)}")
+            rows.append([*cells, *([points(row.network.rank1), points(row.network.mAP)] if row.network else [])])
+        return Table(head, rows, strong=1)
 
     def as_json(self) -> dict[str, Any]:
         rows: dict[str, Any] = {}

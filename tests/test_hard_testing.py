@@ -18,7 +18,8 @@ pytest.importorskip("timm")
 pytest.importorskip("typer")
 
 from command_line import error, run
-from drawn import SIZE, draw_people, trained
+from drawn import SIZE
+from tiny import draw_training_set, trained
 
 from apd.comparison import Retrieval
 from apd.data.images import load_image
@@ -75,7 +76,7 @@ def test_matching_strength() -> None:
 
 def test_across_cameras(tmp_path: Path) -> None:
     """Each image of the test parts against one of its person's from the other camera, by hand."""
-    folder = read_market(draw_people(tmp_path), ("query", "gallery"))
+    folder = read_market(draw_training_set(tmp_path), ("query", "gallery"))
     samples = (*folder.query, *folder.gallery)
     images = {sample.path: load_image(sample.path, SIZE) / 255 for sample in samples}
     expected = [
@@ -145,7 +146,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     root = tmp_path_factory.mktemp("runs")
-    data = draw_people(root / "drawn")
+    data = draw_training_set(root / "drawn")
     baseline = trained(root / "baseline", data, *BASELINE)
     trunk = f"mpg.trunk_weights={baseline.path}"
     return SimpleNamespace(

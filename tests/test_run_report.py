@@ -18,8 +18,9 @@ pytest.importorskip("faiss")
 pytest.importorskip("matplotlib")
 
 from command_line import error, run
-from drawn import SIZE, draw_data_set, draw_people, trained
+from drawn import SIZE, draw_data_set
 from test_report import Page, shown
+from tiny import draw_training_set, trained
 
 from apd import run_sections
 from apd.comparison import Retrieval
@@ -41,7 +42,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     root = tmp_path_factory.mktemp("report")
-    data, target = draw_people(root / "drawn"), draw_data_set(root / "other")
+    data, target = draw_training_set(root / "drawn"), draw_data_set(root / "other")
     path = trained(root / "apd", data).path
     printed = run("report", path, "--target", target)
     return SimpleNamespace(run=Run(path), data=data, target=target, page=Page(path / "report.html"), printed=printed)

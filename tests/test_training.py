@@ -23,7 +23,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("typer")
 
 from command_line import error, run
-from drawn import TINY, draw_people, trained
+from tiny import TINY, draw_training_set, trained
 
 from apd.config import Config, TrainConfig
 from apd.config_files import load_config, save_config
@@ -48,7 +48,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_people(tmp_path_factory.mktemp("data") / "drawn")
+    return draw_training_set(tmp_path_factory.mktemp("data") / "drawn")
 
 
 @pytest.fixture(scope="module")
