@@ -12,9 +12,10 @@ from apd import report
 from apd.comparison import Chance, Retrieval, chance, retrieve
 from apd.data.market import ReidFolder, read_market
 from apd.environment import describe_environment
+from apd.errors import InputError
 from apd.extraction import Extractor, extract_folder, load_extractor
 from apd.retrieval import RankedLists, index_features, search_features
-from apd.run import Run
+from apd.run import INFO, Run
 from apd.run_sections import (
     STAGES,
     attention_section,
@@ -53,12 +54,15 @@ def write_run_report(path: Path, run: Run, targets: Sequence[Path], device: str)
     """
     info = run.info()
     extractor = load_extractor(str(run.path), device)
-    sources = [Path(folder) for folder in info["data"]]
-    own = [Path(folder) for folder in info.get("own_test", {})]
+    sources = [Path(folder) for folder in info.get("data", [])]
+    if not sources:
+        raise InputError(f"{run.path / INFO}: names no data folders")
+    own = [(Path(folder), "own test") for folder in info.get("own_test", {})]
+    folders = [*own, *((folder, "target") for folder in targets)]
+    names = [f"{folder.name}, {kind}" for folder, kind in folders]
     tested = {
-        f"{folder.name}, {kind}": _test(folder, extractor)
-        for kind, folders in (("own test", own), ("target", targets))
-        for folder in folders
+        name if names.count(name) == 1 else f"{folder}, {kind}": _test(folder, extractor)
+        for name, (folder, kind) in zip(names, folders, strict=True)
     }
     sections = [_figures_section(tested)] if tested else []
     sections += [

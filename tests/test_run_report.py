@@ -18,7 +18,7 @@ pytest.importorskip("faiss")
 pytest.importorskip("matplotlib")
 
 from command_line import error, run
-from drawn import SIZE, draw_data_set
+from drawn import SIZE, draw_data_set, write_run
 from test_report import Page, shown
 from tiny import draw_training_set, trained
 
@@ -125,3 +125,12 @@ def test_errors(made: SimpleNamespace, tmp_path: Path) -> None:
     assert "no such folder" in error("report", made.run.path, "--target", tmp_path / "nothing")
     assert "--output" in error("report", made.run.path, "--output", tmp_path / "page.pdf")
     assert "not the folder of a run" in error("report", tmp_path)
+    assert "names no data folders" in error("report", write_run(tmp_path / "run"))
+
+
+def test_two_targets_of_one_name(made: SimpleNamespace, tmp_path: Path) -> None:
+    other = draw_data_set(tmp_path / "other", seed=1)
+    run("report", made.run.path, "--target", made.target, "--target", other, "--output", tmp_path / "page.html")
+    source = Page(tmp_path / "page.html").source
+    assert f"Ranked lists: {made.target}, target" in source
+    assert f"Ranked lists: {other}, target" in source
