@@ -36,7 +36,8 @@ _BATCH = 128
 
 def describe_size(folder: ReidFolder) -> str:
     """How much there is to test on, in words."""
-    identities, cameras = len({s.pid for s in folder.query}), len({s.camid for s in folder.query})
+    identities = len({sample.pid for sample in folder.query})
+    cameras = len({sample.camid for sample in (*folder.query, *folder.gallery)})
     return (
         f"{count(len(folder.query), 'query', 'queries')} of {count(identities, 'identity', 'identities')}, "
         f"{count(len(folder.gallery), 'gallery image')}, {count(cameras, 'camera')}"
