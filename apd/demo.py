@@ -11,10 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich import box
-from rich.table import Table
-
-from apd import report
 from apd.comparison import ColourHistogram, chance, retrieve
 from apd.config_files import load_config
 from apd.data.market import FOLDERS, ReidFolder, read_market
@@ -31,7 +27,7 @@ from apd.demo_report import (
     verdicts,
     write_demo_report,
 )
-from apd.display import console, print_written
+from apd.display import console, print_table, print_written
 from apd.errors import InputError
 from apd.extraction import Extractor, extract_folder, load_extractor
 from apd.files import write_json
@@ -221,19 +217,9 @@ def _program(name: str) -> str:
 
 def _print(demo: Demo) -> None:
     console.print(f"{demo.unseen}, unseen: {demo.on_unseen().size()}; seed {demo.seed}", soft_wrap=True)
-    _print_table(result_table(demo))
-    _print_table(domains_table(demo))
+    print_table(result_table(demo))
+    print_table(domains_table(demo))
     for line in (headline(demo), *verdicts(demo), CAVEAT):
         console.print(line, soft_wrap=True)
     console.print()
-    _print_table(times_table(demo))
-
-
-def _print_table(table: report.Table) -> None:
-    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
-    for i, heading in enumerate(table.head):
-        shown.add_column(heading, justify="right" if i else "left")
-    for i, row in enumerate(table.rows):
-        shown.add_row(*row, style="bold" if i == table.strong else None)
-    console.print(shown)
-    console.print()
+    print_table(times_table(demo))

@@ -5,29 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import Any
 
 from apd import report
-from apd.comparison import Chance, Difference, Retrieval, nearest_is_right, paired_difference
-from apd.data.images import load_image
-from apd.data.market import ReidFolder, read_market
+from apd.comparison import Chance, Difference, Retrieval, paired_difference
+from apd.data.market import ReidFolder
 from apd.display import count
 from apd.environment import describe_environment
 from apd.ranked_lists import RankedLists
-from apd.run import METRICS, Run
-from apd.synthesis import synthesized_path
-from apd.training.log import read_metrics
-from apd.training.sources import gather_sources
-from apd.training.train import SYNTHESIZED, make_trunk
+from apd.run import Run
+from apd.run_sections import STAGES, describe_size, lists_section, synthesized_section, training_section
 
 CAVEAT = "One seed and drawn people: this shows the mechanics, it is no evidence about the method."
-_PARTS = {"mpg": "stage 1, MPG-Net", "synthesize": "synthesized images", "sp": "stage 2, SP-Net"}
-_PAIRS = 6  # synthesized images shown of each source
-_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -39,12 +28,7 @@ class Tested:
     rankers: dict[str, Retrieval]  # "colours", "normalized colours", "baseline", "APD"
 
     def size(self) -> str:
-        query, gallery = self.folder.query, self.folder.gallery
-        identities, cameras = len({s.pid for s in query}), len({s.camid for s in query})
-        return (
-            f"{count(len(query), 'query', 'queries')} of {count(identities, 'identity', 'identities')}, "
-            f"{count(len(gallery), 'gallery image')}, {count(cameras, 'camera')}"
-        )
+        return describe_size(self.folder)
 
     def differences(self) -> dict[str, Difference]:
         """Of APD and the baseline."""
@@ -110,7 +94,7 @@ def domains_table(demo: Demo) -> report.Table:
 def times_table(demo: Demo) -> report.Table:
     """Each stage, and what the training of APD spent its time on."""
     seconds = demo.apd.info().get("seconds", {})
-    parts = {name: seconds[key] for key, name in _PARTS.items() if key in seconds}
+    parts = {name: seconds[key] for key, name in STAGES.items() if key in seconds}
     return report.times_table(demo.seconds, {"train APD": parts})
 
 
@@ -123,14 +107,14 @@ def write_demo_report(path: Path, demo: Demo, commands: Sequence[str]) -> None:
         commands: with which to go on.
     """
     runs = {"baseline": demo.baseline, "APD": demo.apd}
-    metrics = {name: read_metrics(run.path / METRICS) for name, run in runs.items()}
+    unseen = demo.on_unseen()
     sources = ", ".join(folder.name for folder in demo.sources)
     train = demo.apd.config.train
     sections = [
         report.Section(
             "Result",
             [
-                f"{demo.unseen}: {demo.on_unseen().size()}. Left out of a query's ranking: images of its identity in "
+                f"{demo.unseen}: {unseen.size()}. Left out of a query's ranking: images of its identity in "
                 "its own camera. Cosine distance; flip test and re-ranking off."
             ],
             [result_table(demo)],
@@ -145,15 +129,12 @@ def write_demo_report(path: Path, demo: Demo, commands: Sequence[str]) -> None:
             ],
             [domains_table(demo)],
         ),
-        _lists_section(demo),
-        _synthesized_section(demo),
-        report.Section(
-            "Training",
-            [
-                f"Stage 2 takes {train.steps or 0:,} steps of {train.batch_size} images in both; in a step of APD each "
-                "image passes through the transformer three times (K, K*, NK)."
-            ],
-            report.curve_plots(metrics),
+        lists_section("Ranked lists", f"APD on {demo.unseen}", unseen.rankers["APD"], demo.lists, unseen.folder.path),
+        synthesized_section(demo.apd, "APD", demo.sources, demo.device),
+        training_section(
+            runs,
+            f"Stage 2 takes {train.steps or 0:,} steps of {train.batch_size} images in both; in a step of APD each "
+            "image passes through the transformer three times (K, K*, NK).",
         ),
         report.Section("Time", [], [times_table(demo)]),
         report.Section(
@@ -166,90 +147,6 @@ def write_demo_report(path: Path, demo: Demo, commands: Sequence[str]) -> None:
     ]
     summary = [headline(demo), f"Trained on {sources}; seed {demo.seed}. {CAVEAT}"]
     report.write_report(path, "APD on drawn pedestrians", summary, sections)
-
-
-def _lists_section(demo: Demo) -> report.Section:
-    tested = demo.on_unseen()
-    ranked = tested.rankers["APD"]
-    queries = report.choose_queries(ranked)
-    notes = [
-        f"{'Right' if ranked.right[query] else 'Wrong'} at rank 1, average precision {ranked.ap[query]:.2f}"
-        for query in queries
-    ]
-    text = (
-        f"APD on {demo.unseen}: {int(ranked.right.sum())} of {len(ranked.right)} queries are right at rank 1. Shown "
-        "are, in the order of average precision, those at a quarter and at three quarters of the right ones, and the "
-        "same of the wrong ones. Green ✓: the query's identity; red ✗: another. Below: camera and distance."
-    )
-    return report.Section("Ranked lists", [text], report.ranked_strips(demo.lists, queries, tested.folder.path, notes))
-
-
-def _synthesized_section(demo: Demo) -> report.Section:
-    groups: dict[str, list[report.Synthesized]] = {}
-    everything: list[list[report.Synthesized]] = []
-    for folder in demo.sources:
-        made = demo.apd.path / SYNTHESIZED / folder.name
-        images = [
-            report.Synthesized(
-                sample.path,
-                synthesized_path(made, "train", sample),
-                (f"identity {sample.pid}", f"camera {sample.camid}"),
-            )
-            for sample in read_market(folder, ("train",)).train
-        ]
-        everything.append(images)
-        places = np.linspace(0, len(images) - 1, min(_PAIRS, len(images))).astype(int)
-        groups[folder.name] = [images[place] for place in places]
-    flips = measure_flips(demo, [image.made for images in everything for image in images])
-    text = [
-        f"Stage 2 of APD is trained on {count(flips.images, 'original')} and one synthesized image of each. They "
-        f"differ by {report.points(flips.change)} % of the range of brightness, on average over pixels and channels. "
-        "Shown are images at even distances in the order of file names.",
-        f"{flips.right:,} of the {flips.images:,} originals have an image of their identity as the nearest other one, "
-        f"by ψ, the baseline's descriptor. The nearest one is of another identity for the synthesized images of "
-        f"{flips.made:,} of these ({report.points(flips.made / max(1, flips.right))} %), and, with noise of the same "
-        f"average size instead, for {flips.noise:,} ({report.points(flips.noise / max(1, flips.right))} %).",
-    ]
-    return report.Section("Originals and synthesized hard samples", text, report.synthesized_strips(groups))
-
-
-class Flips(NamedTuple):
-    """Training images whose nearest neighbour becomes one of another identity."""
-
-    images: int
-    change: float  # mean absolute change of the synthesized images, of the range of brightness
-    right: int  # originals whose nearest other original has their identity
-    made: int  # of these, those whose synthesized image is nearest to another identity
-    noise: int  # and those whose noisy image is
-
-
-@torch.no_grad()
-def measure_flips(demo: Demo, made: Sequence[Path]) -> Flips:
-    """How many images the generator moves to another identity, by ψ; and uniform noise of as large a mean change.
-
-    Args:
-        demo: its sources and its run of APD.
-        made: the synthesized image of every training image, in the order of the sources.
-    """
-    sources, _ = gather_sources([read_market(folder, ("train",)).train for folder in demo.sources], 0, demo.seed)
-    trunk = make_trunk(demo.apd, demo.device).to(demo.device)
-
-    def read(paths: Sequence[Path]) -> Tensor:
-        images = np.stack([load_image(path, demo.apd.size) for path in paths])
-        return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-
-    def right(images: Tensor) -> Tensor:
-        deep = torch.cat([trunk(part.to(demo.device)).deep.cpu() for part in images.split(_BATCH)])
-        return nearest_is_right(deep, bank, labels)
-
-    before, after = read(sources.paths), read(made)
-    change = (after - before).abs().mean((1, 2, 3), keepdim=True)
-    noise = 2 * torch.rand(before.shape, generator=torch.Generator().manual_seed(demo.seed)) - 1
-    bank = torch.cat([trunk(part.to(demo.device)).deep.cpu() for part in before.split(_BATCH)])
-    labels = torch.from_numpy(sources.labels)
-    kept = right(before)
-    lost = [kept & ~right(images) for images in (after, (before + 2 * change * noise).clamp(0, 1))]
-    return Flips(len(made), float(change.mean()), *(int(each.sum()) for each in (kept, *lost)))
 
 
 def figures(demo: Demo) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich import box
@@ -17,8 +17,13 @@ from rich.text import Text
 from apd.evaluation import RANKS, Evaluation
 from apd.features import SPLITS, FeatureSet
 from apd.ranked_lists import RankedLists
+from apd.report import Table as ReportTable
 from apd.shards import GalleryShards
 from apd_kernels import Gallery
+
+if TYPE_CHECKING:
+    from apd.export import Exported
+    from apd.hard_testing import HardTest
 
 console = Console(highlight=False)
 _TIES = {
@@ -139,6 +144,27 @@ def print_indexed(gallery: Gallery, rows: FeatureSet) -> None:
     )
 
 
+def print_exported(exported: Exported) -> None:
+    about = exported.metadata
+    _facts(
+        ("model", f"{about['run']}, weights {about['fingerprint'][:12]}"),
+        ("images", f"{about['input']}; {about['height']} × {about['width']}; normalization {about['normalization']}"),
+        ("output", about["output"]),
+        ("checked", f"at most {exported.difference:.1e} from PyTorch's descriptors (tolerance {about['tolerance']})"),
+    )
+
+
+def print_hard_test(test: HardTest) -> None:
+    _facts(
+        ("queries", f"{len(test.rows[0].judge.right):,}"),
+        ("content", "mean φ-distance to the original over that of two images of a person from different cameras"),
+    )
+    console.print()
+    print_table(test.table())
+    for line in test.conclusions():
+        console.print(line, soft_wrap=True)
+
+
 def print_lists(lists: RankedLists, gallery: Gallery, show: int) -> None:
     query = lists.query
     _facts(
@@ -175,6 +201,17 @@ def print_ranks(lists: RankedLists, show: int) -> None:
 
 def _labels(pid: int | None, camera: int | None) -> str:
     return "".join(f"{name} {value}  " for name, value in (("id", pid), ("camera", camera)) if value not in (None, -1))
+
+
+def print_table(table: ReportTable) -> None:
+    """A table of a report on the terminal."""
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for i, heading in enumerate(table.head):
+        shown.add_column(heading, justify="right" if i and table.numbers else "left")
+    for i, row in enumerate(table.rows):
+        shown.add_row(*row, style="bold" if i == table.strong else None)
+    console.print(shown)
+    console.print()
 
 
 def print_written(*paths: Path) -> None:

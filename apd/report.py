@@ -114,7 +114,25 @@ def picture(path: Path) -> str:
     Raises:
         InputError: the file cannot be read.
     """
-    image = Image.fromarray(load_image(path, None))
+    return _embedded(Image.fromarray(load_image(path, None)))
+
+
+def heat_picture(image: np.ndarray, values: np.ndarray) -> str:
+    """Values in colour over a grey image, as a data: address; from their smallest, dark, to their largest, light.
+
+    Args:
+        image: uint8 (H, W, 3).
+        values: (h, w), each for a rectangle of the image.
+    """
+    from matplotlib import colormaps
+
+    low, high = values.min(), values.max()
+    colours = colormaps["inferno"]((values - low) / max(high - low, 1e-12))[..., :3]
+    heat = Image.fromarray((255 * colours).astype(np.uint8)).resize(image.shape[1::-1], Image.Resampling.NEAREST)
+    return _embedded(Image.blend(Image.fromarray(image).convert("L").convert("RGB"), heat, 0.6))
+
+
+def _embedded(image: Image.Image) -> str:
     if image.height > _LARGEST:
         image = image.resize((max(1, round(image.width * _LARGEST / image.height)), _LARGEST), Image.Resampling.LANCZOS)
     content = io.BytesIO()
@@ -181,6 +199,26 @@ def domains_table(domains: Mapping[str, tuple[Chance, Mapping[str, Retrieval]]])
         for name, (expected, found) in domains.items()
     ]
     return Table(("rank-1, %", "queries", "random", *rankers), rows)
+
+
+def figures_table(domains: Mapping[str, tuple[Chance, Retrieval]]) -> Table:
+    """What one network reaches.
+
+    Args:
+        domains: chance and what was measured, by the name of the domain.
+    """
+    rows = [
+        (
+            name,
+            f"{len(found.right):,}",
+            points(expected.rank1),
+            f"{points(found.rank1)} ± {points(found.rank1_error)}",
+            points(expected.mAP),
+            points(found.mAP),
+        )
+        for name, (expected, found) in domains.items()
+    ]
+    return Table(("", "queries", "random rank-1, %", "rank-1, %", "random mAP, %", "mAP, %"), rows)
 
 
 # Ranked lists
@@ -281,6 +319,7 @@ _PLOTS = {
         _Curve("mpg", "loss_s", "L_S, second pass"),
     ),
     "Stage 1: share of a batch whose nearest neighbour flips": (_Curve("mpg", "flipped", "flipped"),),
+    "Stage 1: content, φ-distance of G(x) and x": (_Curve("mpg", "loss_c", "L_C"),),
     "Stage 2: losses": (
         _Curve("sp", "loss_k", "L_K"),
         _Curve("sp", "loss_nk", "L_NK"),

@@ -24,6 +24,13 @@ _BATCH = 32
 _SIGNATURE = "generator.sha256"
 
 
+def synthesized_folders(folder: Path, sources: Sequence[Path]) -> list[Path]:
+    """Where the synthesized images of each source lie: under the source's name, with its number where names repeat."""
+    names = [source.name for source in sources]
+    unique = len(set(names)) == len(names)
+    return [folder / (name if unique else f"{number}-{name}") for number, name in enumerate(names)]
+
+
 def synthesized_path(folder: Path, part: str, sample: Sample) -> Path:
     """Where the synthesized image of a sample lies: the original's name, ending in .jpg, so that its identity stays."""
     return folder / FOLDERS[part] / f"{sample.path.stem}.jpg"

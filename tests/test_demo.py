@@ -24,10 +24,13 @@ from apd.comparison import Retrieval
 from apd.data.market import read_market
 from apd.data.pedestrians import SOURCES, UNSEEN
 from apd.demo import prepare_folder, run_demo
-from apd.demo_report import Demo, figures, headline, measure_flips, verdicts
+from apd.demo_report import Demo, figures, headline, verdicts
 from apd.display import console
 from apd.errors import InputError
+from apd.report import Synthesized
 from apd.run import Run
+from apd.run_sections import Flips, measure_flips
+from apd.training.sources import gather_sources
 
 SMALL = (
     *("train.steps=3", "train.batch_size=8", "train.instances=2", "mpg.steps=3", "mpg.batch_size=8"),
@@ -118,14 +121,21 @@ def test_report_is_one_file_with_the_numbers(made: SimpleNamespace) -> None:
 
 def test_flips(made: SimpleNamespace, tmp_path: Path) -> None:
     """Originals as their own synthesized images flip nowhere; images of one person only flip for all others."""
-    originals = [sample.path for folder in made.demo.sources for sample in read_market(folder, ("train",)).train]
-    same = measure_flips(made.demo, originals)
+    apd, folders = made.demo.apd, [read_market(folder, ("train",)).train for folder in made.demo.sources]
+    originals = [sample.path for samples in folders for sample in samples]
+    labels = gather_sources(folders, 0, 0)[0].labels
+
+    def flips(paths: list[Path]) -> Flips:
+        pairs = [Synthesized(path, other, ()) for path, other in zip(originals, paths, strict=True)]
+        return measure_flips(apd, pairs, labels, "cpu")
+
+    same = flips(originals)
     assert (same.images, same.change, same.made, same.noise) == (len(originals), 0, 0, 0)
     assert 0 < same.right <= len(originals)
-    flips = measure_flips(made.demo, [originals[0]] * len(originals))
-    assert flips.right == same.right
-    assert flips.right - 4 <= flips.made <= flips.right
-    assert flips.change > 0.05
+    moved = flips([originals[0]] * len(originals))
+    assert moved.right == same.right
+    assert moved.right - 4 <= moved.made <= moved.right
+    assert moved.change > 0.05
     text = next(text for text in Page(made.output / "report.html").texts if "noise of the same" in text)
     assert f"{same.right} of the {len(originals)} originals" in text
 
@@ -160,7 +170,7 @@ def test_commands_work_as_printed(made: SimpleNamespace) -> None:
 def test_verdicts_follow_the_numbers(made: SimpleNamespace) -> None:
     def of(apd: list[bool], baseline: list[bool]) -> str:
         def ranked(right: list[bool]) -> Retrieval:
-            return Retrieval(np.arange(len(right)), np.array(right), 0.5 * np.array(right))
+            return Retrieval(np.arange(len(right)), np.array(right), 0.5 * np.array(right), np.arange(len(right)))
 
         tested = replace(made.demo.on_unseen(), rankers={"baseline": ranked(baseline), "APD": ranked(apd)})
         return verdicts(replace(made.demo, tested={"station": tested}))[0]

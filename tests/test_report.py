@@ -98,7 +98,7 @@ def shown(address: str) -> np.ndarray:
 
 
 def retrieval(right: list[bool], ap: list[float]) -> Retrieval:
-    return Retrieval(np.arange(len(right)), np.array(right), np.array(ap))
+    return Retrieval(np.arange(len(right)), np.array(right), np.array(ap), np.arange(len(right)))
 
 
 def test_picture(tmp_path: Path) -> None:

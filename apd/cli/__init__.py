@@ -10,6 +10,7 @@ import typer
 from apd.cli.evaluation import evaluate, rerank
 from apd.cli.features import FILE_HELP, extract
 from apd.cli.retrieval import index, search
+from apd.cli.runs import export, hardtest, report
 from apd.cli.tools import demo, env
 from apd.cli.training import show, synthesize, train
 
@@ -24,7 +25,7 @@ for command in (train, synthesize):
     app.command()(command)
 for command in (extract, evaluate, rerank, index, search):
     app.command(epilog=FILE_HELP)(command)
-for command in (demo, env):
+for command in (export, report, hardtest, demo, env):
     app.command()(command)
 config = typer.Typer(help="Configurations of a training.", no_args_is_help=True)
 config.command()(show)

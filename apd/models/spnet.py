@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 
@@ -156,6 +157,18 @@ class SPNet(nn.Module):
         """K (B, C, H / patch, W / patch); F in the baseline."""
         features = self.embed(images)
         return features if self.msp is None else ssd_mask(features, self.msp(features), None).relevant
+
+    def attention(self, images: Tensor) -> Tensor:
+        """The three attention maps of MSP, each the mean of its channels; their mean is that of K / F.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+
+        Returns:
+            (B, 3, H / patch, W / patch) in [0, 1].
+        """
+        assert self.msp is not None, "the baseline has no attention"
+        return torch.stack([logits.sigmoid().mean(1) for logits in self.msp(self.embed(images))], 1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Descriptors (B, D), not normalized, of images (B, 3, H, W) in [0, 1]: one pass, of the relevant part."""

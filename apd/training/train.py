@@ -22,7 +22,7 @@ from apd.errors import DataWarning, InputError
 from apd.models.spnet import build_spnet
 from apd.models.trunk import TransformerTrunk, Trunk, build_trunk, resolve_trunk
 from apd.run import CONFIG, GENERATOR, INFO, WEIGHTS, Run, update_info
-from apd.synthesis import synthesize
+from apd.synthesis import synthesize, synthesized_folders
 from apd.training.engine import check_precision
 from apd.training.mpg import train_mpg
 from apd.training.ranks import join, on_first, own_rows
@@ -185,14 +185,13 @@ def _synthesized(run: Run, folders: Sequence[ReidFolder], sources: Sources, devi
         return sources
     generator = run.load_generator(device)
     new: dict[Path, Path] = {}
-    unique = len({folder.path.name for folder in folders}) == len(folders)
-    for number, folder in enumerate(folders):
-        name = folder.path.name if unique else f"{number}-{folder.path.name}"
+    targets = synthesized_folders(run.path / SYNTHESIZED, [folder.path for folder in folders])
+    for folder, target in zip(folders, targets, strict=True):
         made = synthesize(
             generator,
             folder.train,
             "train",
-            run.path / SYNTHESIZED / name,
+            target,
             run.size,
             device=device,
             workers=config.data.workers,
