@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from apd_kernels._core.operators import internal_dtype
-from apd_kernels._core.rows import unit_rows
+from apd_kernels._core.rows import largest_magnitude, unit_rows
 from apd_kernels._core.threads import Item, Result, in_threads
 
 
@@ -23,9 +23,7 @@ def block_rows(x: Tensor) -> int:
 
 def largest_of(name: str, x: Tensor) -> Tensor:
     """max |x| of each row; raises where a row is not finite."""
-    blocks = x.split(block_rows(x))
-    largest = torch.cat(_every(x, lambda block: torch.linalg.vector_norm(block, ord=float("inf"), dim=-1), blocks))
-    largest = largest.to(internal_dtype(x))
+    largest = torch.cat(_every(x, largest_magnitude, x.split(block_rows(x)))).to(internal_dtype(x))
     broken = (~largest.isfinite()).nonzero()[:, 0]
     if broken.numel():
         shown = ", ".join(map(str, broken[:5].tolist())) + (", …" if broken.numel() > 5 else "")
