@@ -77,7 +77,7 @@ def _largest(block: Tensor, k: int) -> Tensor:
     # One more than are wanted; unsorted, which takes half the time for k = 1000.
     value, column = block.topk(k + 1, 1, sorted=False)
     smallest, place = value.min(1, keepdim=True)
-    column = column.scatter_(1, place, column[:, k:])[:, :k]
+    column = column.scatter(1, place, column[:, k:])[:, :k]
     # Which of several equal values topk takes is not defined: rows with more of them than places are taken again.
     tied = ((value == smallest).sum(1) > 1) & (smallest[:, 0] > -torch.inf)
     for row in tied.nonzero()[:, 0].tolist():
@@ -104,7 +104,7 @@ def pair_sums(x: Tensor, y: Tensor, scale: Tensor | None, indices: Tensor, dot: 
     def work(run: slice) -> None:
         # One shape for all blocks and aligned rows: a reduction may take another order otherwise.
         pairs = torch.zeros(height * width, padded(dimension), dtype=dtype, device=x.device)
-        in_place = y.dtype == dtype and pairs.shape[1] == dimension  # half of the memory in the cache, 1.2 times as fast
+        in_place = y.dtype == dtype and pairs.shape[1] == dimension  # half of the cache: 1.2 times as fast
         taken = pairs if in_place else torch.empty(len(pairs), dimension, dtype=y.dtype, device=y.device)
         for rows in _slices(run.start, run.stop, height):
             a = x[rows, None].to(dtype) * factor
