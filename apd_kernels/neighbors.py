@@ -17,8 +17,8 @@ from torch import Tensor
 from apd_kernels._core.backend import implementation, resolve_backend
 from apd_kernels._core.checks import (
     check_choice,
-    check_comparable,
     check_features,
+    check_gallery,
     check_integers,
     check_number,
     check_tensor,
@@ -134,7 +134,7 @@ def _checked_features(query: Tensor, gallery: Tensor | PreparedRows, metric: str
     if isinstance(gallery, PreparedRows):
         check_prepared("gallery", gallery, "query", query, metric, precision)
         return gallery.precision
-    check_comparable("gallery", gallery, "query", query)
+    check_gallery(gallery, query)
     return resolve_precision(precision)
 
 

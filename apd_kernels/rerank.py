@@ -17,6 +17,7 @@ from apd_kernels._core.checks import (
     check_choice,
     check_features,
     check_floating,
+    check_gallery,
     check_number,
     check_same_kind,
 )
@@ -236,7 +237,7 @@ def k_reciprocal_rerank(
     """
     _check_evaluation("k_reciprocal_rerank", query)
     check_features("query", query, sets=False)
-    _check_rows("gallery", gallery, "query", query)
+    check_gallery(gallery, query)
     _check_parameters(k1, k2, lambda_value, variant)
     check_choice("metric", metric, RERANK_METRICS)
     if variant == "transreid" and metric != "euclidean":
@@ -429,7 +430,7 @@ def query_expansion(
     """
     _check_evaluation("query_expansion", query)
     check_features("query", query, sets=False)
-    _check_rows("gallery", gallery, "query", query)
+    check_gallery(gallery, query)
     _check_count("k", k)
     _check_count("times", times)
     check_number("alpha", alpha)
@@ -494,13 +495,6 @@ def _check_evaluation(name: str, x: object) -> None:
         raise RuntimeError(f"backend 'triton': {name} runs in PyTorch on every device; use the 'torch' backend")
     if isinstance(x, Tensor) and x.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"{name}: expected a call outside CUDA graph capture; its steps depend on the data")
-
-
-def _check_rows(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    check_features(name, x, sets=False)
-    check_same_kind(name, x, other_name, other)
-    if x.shape[1] != other.shape[1]:
-        raise ValueError(f"{name}: expected shape (G, {other.shape[1]}), got {tuple(x.shape)}")
 
 
 def _check_parameters(k1: int, k2: int, lambda_value: float, variant: str) -> None:

@@ -34,7 +34,7 @@ def looped(query: Tensor, gallery: Tensor, k: int, options: dict[str, Any]) -> t
     for i, x in enumerate(query.double()):
         found = []
         for j, y in enumerate(gallery.double()):
-            if own is True and i == j or isinstance(own, Tensor) and int(own[i]) == j:
+            if (own is True and i == j) or (isinstance(own, Tensor) and int(own[i]) == j):
                 continue
             if mask is not None and not bool(mask[j] if mask.dim() == 1 else mask[i, j]):
                 continue
@@ -89,7 +89,7 @@ def test_random_cases(tens: int) -> None:
         found = knn(query, gallery, k, **options)
         assert found.indices.tolist() == indices, seed
         wanted = torch.tensor(distances, dtype=torch.float64).reshape(found.distances.shape)
-        torch.testing.assert_close(found.distances, wanted, rtol=1e-12, atol=1e-13, msg=lambda text: f"{seed}: {text}")
+        torch.testing.assert_close(found.distances, wanted, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("metric", METRICS)
