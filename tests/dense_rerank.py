@@ -58,7 +58,9 @@ def reranked(s: np.ndarray, queries: int, k1: int, k2: int, lambda_value: float)
 def clustered(s: np.ndarray, k1: int, k2: int) -> np.ndarray:
     """Jaccard distances as clustering takes them."""
     k = min(k1, len(s))
-    return jaccard(encoded(s, s, k, min(round(k / 2) + 1, k), min(k2, k)))
+    v = encoded(s, s, k, min(round(k / 2) + 1, k), 1)
+    # With k = 1 and k2 > 1 the mean is the row of the nearest, which is another item where a row comes several times.
+    return jaccard(v if k2 == 1 else np.stack([v[row[: min(k2, k)]].mean(0) for row in s.argsort(1, kind="stable")]))
 
 
 def rounded(s: np.ndarray, queries: int, k1: int, k2: int, lambda_value: float) -> np.ndarray:
