@@ -18,16 +18,20 @@ from apd_kernels._core.backend import implementation, resolve_backend
 from apd_kernels._core.checks import (
     check_choice,
     check_features,
+    check_gallery,
     check_integers,
     check_number,
-    check_same_kind,
     check_tensor,
 )
 from apd_kernels._core.compiler import outside_of_graphs
 from apd_kernels._core.evaluation_rows import half_squares, largest_of, scale_of, sorted_rows
 from apd_kernels._core.operators import implementation_context, internal_dtype
 from apd_kernels._core.precision import resolve_precision
-from apd_kernels.prepared import METRICS
+from apd_kernels.prepared import METRICS, GalleryRows, PreparedRows, check_prepared
+
+# Gallery rows that the centre of Euclidean products is estimated from.
+SAMPLED_ROWS = 256
+_SAME = ("query_ids", "gallery_ids", "query_cams", "gallery_cams")
 
 
 class Neighbors(NamedTuple):
@@ -41,11 +45,11 @@ class Neighbors(NamedTuple):
 @torch.no_grad()
 def knn(
     query: Tensor,
-    gallery: Tensor,
+    gallery: Tensor | PreparedRows,
     k: int,
     *,
     metric: str = "cosine",
-    exclude_same: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    exclude_same: tuple[Tensor, ...] | None = None,
     exclude_self: bool | Tensor = False,
     mask: Tensor | None = None,
     max_distance: float | None = None,
@@ -63,11 +67,14 @@ def knn(
 
     Args:
         query: features, shape (Q, D); float16, bfloat16, float32 or float64.
-        gallery: features, shape (G, D), dtype and device as `query`.
+        gallery: features, shape (G, D), dtype and device as `query`; or such rows after `prepare_rows`: the first
+            search makes its copy of them, later ones take it. The result has the same bits, for "cosine" up to the
+            rounding of unit rows.
         k: number of neighbors of each query; where fewer rows are left, the rest is filled with "none".
         metric: ``"cosine"``, ``"euclidean"``, ``"sqeuclidean"`` or ``"dot"``, as in `pairwise_distance`.
         exclude_same: ``(query_ids, gallery_ids, query_cams, gallery_cams)``, integers of shape (Q,) or (G,), in the
             order of `rank_metrics`: gallery rows of the query's identity *and* camera are left out. −1 equals nothing.
+            ``(ids, cams)`` where the queries are the gallery: the same tensor, or with ``exclude_self=True``.
         exclude_self: True where query i is gallery row i, which is then left out; or the gallery row of each query,
             integers of shape (Q,), −1 for none.
         mask: True for gallery rows that may be found, bool of shape (G,), or (Q, G) with a choice for each query.
@@ -88,26 +95,28 @@ def knn(
     >>> knn(gallery[:1], gallery, 3, metric="euclidean", max_distance=4.0, mask=torch.tensor([True, True, True, False]))
     Neighbors(distances=tensor([[0., inf, inf]]), indices=tensor([[ 0, -1, -1]]))
     """
-    _check(query, gallery, k, exclude_same, exclude_self, mask)
     check_choice("metric", metric, METRICS)
+    precision = _checked_features(query, gallery, metric, precision)
+    same = _checked_exclusion(exclude_same, query, gallery, exclude_self)
+    _check(query, gallery, k, exclude_self, mask)
     if max_distance is not None:
         check_number("max_distance", max_distance, minimum=-float("inf") if metric == "dot" else 0.0)
-    precision = resolve_precision(precision)
     backend = resolve_backend(query)
     if query.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("knn: expected a call outside CUDA graph capture; its steps depend on the data")
-    largest = largest_of("query", query), largest_of("gallery", gallery)
-    searched = _searched(query, gallery, exclude_same, exclude_self, mask)
+    largest = largest_of("query", query)
+    searched = _searched(query, gallery.shape[0], same, exclude_self, mask)
+    rows = _gallery_rows(gallery, searched.rows, metric, backend)
     queries, images = query.shape[0], searched.rows.numel()
     distances = torch.full((queries, k), torch.inf, dtype=internal_dtype(query), device=query.device)
     indices = torch.full((queries, k), -1, dtype=torch.int64, device=query.device)
     if queries == 0 or images == 0:
         return Neighbors(distances, indices)
     search = implementation(backend, "neighbors")
-    operands = _prepared(query, gallery, searched.rows, largest, metric, backend)
+    operands = _operands(query, rows, largest, metric)
     with implementation_context(query, backend):
         found = search.nearest(*operands, *searched[1:], min(k, images), precision)
-        of_found = _distances(search, query, gallery, operands, searched.rows, largest, found, metric)
+        of_found = _distances(search, query, operands, rows, searched.rows, largest, found, metric)
     of_found = torch.where(found == images, torch.inf, of_found)
     of_found, order = of_found.sort(dim=1, stable=True)  # `found` ascends: equal distances stay ordered by index
     found = found.gather(1, order)
@@ -119,31 +128,49 @@ def knn(
     return Neighbors(distances, indices)
 
 
-def _check(
-    query: Tensor,
-    gallery: Tensor,
-    k: int,
-    exclude_same: tuple[Tensor, Tensor, Tensor, Tensor] | None,
-    exclude_self: bool | Tensor,
-    mask: Tensor | None,
-) -> None:
+def _checked_features(query: Tensor, gallery: Tensor | PreparedRows, metric: str, precision: str | None) -> str:
+    """The precision of products, which prepared rows bring."""
     check_features("query", query, sets=False)
-    check_features("gallery", gallery, sets=False)
-    check_same_kind("gallery", gallery, "query", query)
+    if isinstance(gallery, PreparedRows):
+        check_prepared("gallery", gallery, "query", query, metric, precision)
+        return gallery.precision
+    check_gallery(gallery, query)
+    return resolve_precision(precision)
+
+
+def _checked_exclusion(
+    exclude_same: tuple[Tensor, ...] | None,
+    query: Tensor,
+    gallery: Tensor | PreparedRows,
+    exclude_self: bool | Tensor,
+) -> tuple[Tensor, ...] | None:
+    """`exclude_same` as (query_ids, gallery_ids, query_cams, gallery_cams)."""
+    if exclude_same is None:
+        return None
+    among_themselves = exclude_self is True or gallery is query
+    if among_themselves and isinstance(exclude_same, tuple) and len(exclude_same) == 2:
+        ids, cams = exclude_same
+        exclude_same = ids, ids, cams, cams
+    if not isinstance(exclude_same, tuple) or len(exclude_same) != len(_SAME):
+        got = f"{len(exclude_same)} values" if isinstance(exclude_same, tuple) else type(exclude_same).__name__
+        raise TypeError(
+            f"exclude_same: expected a tuple ({', '.join(_SAME)}), or (ids, cams) where query and gallery are one "
+            f"tensor or exclude_self is True, got {got}"
+        )
+    counts = (query.shape[0], gallery.shape[0]) * 2
+    for name, values, count in zip(_SAME, exclude_same, counts, strict=True):
+        check_integers(f"exclude_same: {name}", values, count, query.device)
+    return exclude_same
+
+
+def _check(
+    query: Tensor, gallery: Tensor | PreparedRows, k: int, exclude_self: bool | Tensor, mask: Tensor | None
+) -> None:
     queries, images, device = query.shape[0], gallery.shape[0], query.device
-    if gallery.shape[1] != query.shape[1]:
-        raise ValueError(f"gallery: expected shape (G, {query.shape[1]}), got {tuple(gallery.shape)}")
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"k: expected an int, got {type(k).__name__}")
     if k < 1:
         raise ValueError(f"k: expected at least 1, got {k}")
-    if exclude_same is not None:
-        names = ("query_ids", "gallery_ids", "query_cams", "gallery_cams")
-        if not isinstance(exclude_same, tuple) or len(exclude_same) != 4:
-            got = f"{len(exclude_same)} values" if isinstance(exclude_same, tuple) else type(exclude_same).__name__
-            raise TypeError(f"exclude_same: expected a tuple ({', '.join(names)}), got {got}")
-        for name, values, count in zip(names, exclude_same, (queries, images) * 2, strict=True):
-            check_integers(f"exclude_same: {name}", values, count, device)
     if isinstance(exclude_self, bool):
         if exclude_self and queries != images:
             raise ValueError(
@@ -173,12 +200,12 @@ class _Searched(NamedTuple):
 
 def _searched(
     query: Tensor,
-    gallery: Tensor,
-    exclude_same: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    images: int,
+    exclude_same: tuple[Tensor, ...] | None,
     exclude_self: bool | Tensor,
     mask: Tensor | None,
 ) -> _Searched:
-    queries, images, device = query.shape[0], gallery.shape[0], query.device
+    queries, device = query.shape[0], query.device
     rows = torch.arange(images, device=device)
     own = None
     if not isinstance(exclude_self, bool):
@@ -202,6 +229,36 @@ def _searched(
     return _Searched(rows, query_codes, gallery_codes, own, mask)
 
 
+def _gallery_rows(gallery: Tensor | PreparedRows, rows: Tensor, metric: str, backend: str) -> GalleryRows:
+    if not isinstance(gallery, PreparedRows):
+        return _made_gallery_rows(gallery, rows, metric, backend)
+    if gallery.searched is None:
+        every = torch.arange(gallery.shape[0], device=gallery.device)
+        gallery.searched = _made_gallery_rows(gallery.rows, every, metric, backend)
+    kept = gallery.searched
+    return kept if rows.numel() == gallery.shape[0] else kept.only(rows)
+
+
+def _made_gallery_rows(gallery: Tensor, rows: Tensor, metric: str, backend: str) -> GalleryRows:
+    """Copies of the rows: of unit length for "cosine", otherwise scaled by a power of two, which is exact and changes
+    no order, and centred for Euclidean metrics. Scale and centre are those of the whole gallery."""
+    largest, images, dtype = largest_of("gallery", gallery), rows.numel(), internal_dtype(gallery)
+    if metric == "cosine":
+        products = sorted_rows(gallery, rows, dtype, unit=True)[:images]
+        return GalleryRows(gallery, largest, torch.ones_like(_largest(largest)), products)
+    if backend == "triton":
+        dtype = gallery.dtype  # products of half inputs are exact in float32
+    scale = scale_of(_largest(largest), dtype)
+    if metric == "dot":
+        return GalleryRows(gallery, largest, scale, sorted_rows(gallery, rows, dtype, scale)[:images])
+    centre = None
+    if dtype == internal_dtype(gallery) and images:
+        some = gallery[:: max(1, len(gallery) // SAMPLED_ROWS)].to(dtype) * scale
+        centre = (some.mean(0) * 64).round() / 64  # on a coarse grid: integer features stay exact
+    copy = sorted_rows(gallery, rows, dtype, scale, centre)
+    return GalleryRows(gallery, largest, scale, copy[:images], half_squares(copy)[:images], centre)
+
+
 class _Operands(NamedTuple):
     """Rows ready for the products; half_squares only for Euclidean metrics."""
 
@@ -210,60 +267,52 @@ class _Operands(NamedTuple):
     half_squares: Tensor | None
 
 
-def _prepared(
-    query: Tensor, gallery: Tensor, rows: Tensor, largest: tuple[Tensor, Tensor], metric: str, backend: str
-) -> _Operands:
-    """Copies of the rows as in `rank_metrics`: of unit length for "cosine", otherwise scaled by powers of two, which is
-    exact and changes no order, and centred for Euclidean metrics."""
-    queries, images = query.shape[0], rows.numel()
+def _operands(query: Tensor, rows: GalleryRows, largest: Tensor, metric: str) -> _Operands:
+    """The queries as the gallery, whose half squares follow where long queries need another scale."""
+    queries, dtype = query.shape[0], rows.products.dtype
     every = torch.arange(queries, device=query.device)
-    dtype = internal_dtype(query)
     if metric == "cosine":
-        x = sorted_rows(query, every, dtype, unit=True)
-        y = sorted_rows(gallery, rows, dtype, unit=True)
-        return _Operands(x[:queries], y[:images], None)
-    if backend == "triton":
-        dtype = query.dtype  # products of half inputs are exact in float32
-    x_scale, y_scale = _scales(largest, metric, dtype)
-    x = sorted_rows(query, every, dtype, x_scale)
-    if metric == "dot":
-        return _Operands(x[:queries], sorted_rows(gallery, rows, dtype, y_scale)[:images], None)
-    centre = None
-    if dtype == internal_dtype(query):
-        centre = (x[:queries].mean(0) * 64).round() / 64  # on a coarse grid: integer features stay exact
-        x -= centre
-    y = sorted_rows(gallery, rows, dtype, y_scale, centre)
-    return _Operands(x[:queries], y[:images], half_squares(y)[:images])
+        return _Operands(sorted_rows(query, every, dtype, unit=True)[:queries], rows.products, None)
+    scale = _query_scale(largest, rows.scale, metric, dtype)
+    centre, half = rows.centre, rows.half_squares
+    if half is not None:
+        shorter = scale / rows.scale  # 1, or a smaller power of two that is in every similarity of all queries
+        half = half * shorter
+        centre = None if centre is None else centre * shorter
+    return _Operands(sorted_rows(query, every, dtype, scale, centre)[:queries], rows.products, half)
 
 
-def _scales(largest: tuple[Tensor, Tensor], metric: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Powers of two for the queries and for the gallery, each of them one where the metric needs a common one."""
-    query_largest, gallery_largest = largest
+def _query_scale(largest: Tensor, of_gallery: Tensor, metric: str, dtype: torch.dtype) -> Tensor:
+    """Powers of two: of each query, or of all where the metric needs a common one, not above the gallery's."""
     if metric == "dot":
-        return scale_of(query_largest, dtype), scale_of(gallery_largest.amax(), dtype)
-    common = scale_of(torch.maximum(query_largest.amax(), gallery_largest.amax()), dtype)
-    return common, common
+        return scale_of(largest, dtype)
+    return torch.minimum(scale_of(_largest(largest), dtype), of_gallery)
+
+
+def _largest(of_rows: Tensor) -> Tensor:
+    return of_rows.amax() if of_rows.numel() else of_rows.new_zeros(())
 
 
 def _distances(
     search: ModuleType,
     query: Tensor,
-    gallery: Tensor,
     operands: _Operands,
+    gallery: GalleryRows,
     rows: Tensor,
-    largest: tuple[Tensor, Tensor],
+    largest: Tensor,
     found: Tensor,
     metric: str,
 ) -> Tensor:
     """d(query i, searched row found[i, j]); any number where `found` is past the last row."""
     at = found.clamp(max=rows.numel() - 1)
     if metric == "dot":
-        x_scale, y_scale = _scales(largest, metric, operands.query.dtype)
+        scale = _query_scale(largest, gallery.scale, metric, operands.query.dtype)
         products = search.pair_sums(operands.query, operands.gallery, None, at, True)
-        return 0 - products / x_scale[:, None] / y_scale
+        return 0 - products / scale[:, None] / gallery.scale
     if metric == "cosine":  # of unit rows: ½‖x − y‖², which keeps the digits of small distances
         halves = 0.5 * search.pair_sums(operands.query, operands.gallery, None, at, False)
-        return torch.where((largest[0] == 0)[:, None] | (largest[1] == 0)[rows[at]], 1, halves)
-    scale, _ = _scales(largest, metric, internal_dtype(query))
-    squares = search.pair_sums(query, gallery, scale, rows[at], False)
+        return torch.where((largest == 0)[:, None] | (gallery.largest == 0)[rows[at]], 1, halves)
+    dtype = internal_dtype(query)
+    scale = _query_scale(largest, scale_of(_largest(gallery.largest), dtype), metric, dtype)
+    squares = search.pair_sums(query, gallery.source, scale, rows[at], False)
     return squares.sqrt() / scale if metric == "euclidean" else squares / scale / scale

@@ -31,6 +31,22 @@ class Operands(NamedTuple):
         return "Tensor? parts, Tensor? half, Tensor? centre, Tensor? root, Tensor? largest"
 
 
+class GalleryRows(NamedTuple):
+    """Rows made ready for the products of `knn` with any queries, or only those rows that are searched."""
+
+    source: Tensor  # as given (of unit length in prepared rows for "cosine"): Euclidean distances are taken from it
+    largest: Tensor  # (G,): max |x| of each row
+    scale: Tensor  # the power of two that is in `products`
+    products: Tensor  # scaled and centred as in `rank_metrics`, of unit length for "cosine"
+    half_squares: Tensor | None = None  # only for Euclidean metrics, as is the centre
+    centre: Tensor | None = None
+
+    def only(self, rows: Tensor) -> GalleryRows:
+        """With the products of these rows."""
+        half = None if self.half_squares is None else self.half_squares[rows]
+        return self._replace(products=self.products[rows], half_squares=half)
+
+
 class PreparedRows:
     """Rows as products with them are taken: see `prepare_rows`.
 
@@ -49,6 +65,7 @@ class PreparedRows:
         self.metric = metric  # "euclidean" (also for squares), "cosine" or "dot"
         self.precision = precision
         self.backend = backend
+        self.searched: GalleryRows | None = None  # which the first `knn` makes
         self._version = None if rows.is_inference() else rows._version
 
     @property
@@ -62,7 +79,7 @@ class PreparedRows:
 
     def nbytes(self) -> int:
         """Memory that is held beside the rows themselves."""
-        kept = [tensor for tensor in self.operands if tensor is not None]
+        kept = [tensor for tensor in (*self.operands, *(self.searched or ())) if tensor is not None]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
         storages.pop(self.rows.untyped_storage().data_ptr(), None)
         return sum(storages.values())
@@ -82,8 +99,9 @@ class PreparedRows:
 def prepare_rows(y: Tensor, *, metric: str = "euclidean", precision: str | None = None) -> PreparedRows:
     """Norms, centred copies and precision splits of rows, to be kept and given as `y` in place of the rows.
 
-    `pairwise_distance`, `batch_hard` and `triplet_loss` otherwise make them anew in each call. The copies take as much
-    memory as the rows in float32 (half of it for ``"bf16"``; nothing but norms for half-precision rows on a GPU).
+    `pairwise_distance`, `batch_hard`, `triplet_loss` and `knn` otherwise make them anew in each call. The copies take
+    as much memory as the rows in float32 (half of it for ``"bf16"``; nothing but norms for half-precision rows on a
+    GPU); a first `knn` adds a copy of its own.
     They are constants: no gradient reaches `y`. The rows themselves are not copied (but for ``"cosine"``), and using
     them after an in-place change is an error. Call it outside of functions that `torch.compile` compiles.
 
@@ -133,23 +151,27 @@ def checked_operands(
         if metric == "cosine":
             x, y = unit_rows(x), None if y is None else unit_rows(y)
         return x, y, Operands(), resolve_precision(precision), backend
-    y.check_unchanged("y")
+    check_prepared("y", y, "x", x, metric, precision)
+    return unit_rows(x) if metric == "cosine" else x, y.rows, y.operands, y.precision, y.backend
+
+
+def check_prepared(name: str, y: PreparedRows, other_name: str, x: Tensor, metric: str, precision: str | None) -> None:
+    """`y` are unchanged rows to compare with those of `x`, prepared for this metric, precision and backend."""
+    y.check_unchanged(name)
     if y.dtype != x.dtype:
-        raise TypeError(f"y: expected {x.dtype} as x, got {y.dtype} that were prepared")
+        raise TypeError(f"{name}: expected {x.dtype} as {other_name}, got {y.dtype} that were prepared")
     if y.device != x.device:
-        raise ValueError(f"y: expected device {x.device} as x, got {y.device}")
+        raise ValueError(f"{name}: expected device {x.device} as {other_name}, got {y.device}")
     if len(y.shape) != x.dim() or y.shape[-1] != x.shape[-1] or y.shape[:-2] != x.shape[:-2]:
         expected = (*x.shape[:-2], "M", x.shape[-1])
-        raise ValueError(f"y: expected shape ({', '.join(map(str, expected))}), got {tuple(y.shape)}")
-    backend = resolve_backend(x)
-    for name, wanted, found in (
+        raise ValueError(f"{name}: expected shape ({', '.join(map(str, expected))}), got {tuple(y.shape)}")
+    for what, wanted, found in (
         ("metric", _kind(metric), y.metric),
         ("precision", y.precision if precision is None else resolve_precision(precision), y.precision),
-        ("backend", backend, y.backend),
+        ("backend", resolve_backend(x), y.backend),
     ):
         if wanted != found:
-            raise ValueError(f"y: expected rows prepared for {name} {wanted!r}, got {found!r}")
-    return unit_rows(x) if metric == "cosine" else x, y.rows, y.operands, y.precision, backend
+            raise ValueError(f"{name}: expected rows prepared for {what} {wanted!r}, got {found!r}")
 
 
 def _kind(metric: str) -> str:

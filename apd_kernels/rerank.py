@@ -6,7 +6,7 @@ once for the lists and, for the queries, once more for the result. See reference
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from apd_kernels._core.checks import (
     check_choice,
     check_features,
     check_floating,
+    check_gallery,
     check_number,
     check_same_kind,
 )
@@ -25,6 +26,7 @@ from apd_kernels._core.evaluation_rows import largest_of, scale_of
 from apd_kernels._core.operators import implementation_context, internal_dtype
 from apd_kernels._core.ranks import RankMetrics, check_labels, check_options, metrics_of_blocks
 from apd_kernels._core.rows import unit_rows
+from apd_kernels._core.threads import each_block
 from apd_kernels.neighbors import Neighbors
 from apd_kernels.reference import rerank as reference
 
@@ -82,16 +84,18 @@ class RerankedDistances:
             ``(rows, distances)``: a slice of the queries and their distances to the whole gallery, shape
             (rows.stop − rows.start, G), float32 (float64 for float64 inputs), about 64 MB.
         """
-        queries = torch.arange(self.shape[0], device=self._largest.device)
         for rows in reference.blocks(self.shape[0], self._distances.count):
-            yield rows, self._block(queries[rows])
+            yield rows, self._block(self._queries(rows))
 
     @torch.no_grad()
     def dense(self) -> Tensor:
         """All distances as one (Q, G) matrix."""
         result = self._largest.new_empty(self.shape)
-        for rows, block in self.blocks():
-            result[rows] = block
+
+        def work(rows: slice) -> None:
+            result[rows] = self._block(self._queries(rows))
+
+        self._each(work)
         return result
 
     @torch.no_grad()
@@ -110,8 +114,12 @@ class RerankedDistances:
         indices = torch.full((queries, k), -1, device=distances.device)
         kept = min(k, images)
         if kept:
-            for rows, block in self.blocks():
-                distances[rows, :kept], indices[rows, :kept] = reference.nearest(block, kept)
+
+            def work(rows: slice) -> None:
+                found = reference.nearest(self._block(self._queries(rows)), kept)
+                distances[rows, :kept], indices[rows, :kept] = found
+
+            self._each(work)
         return Neighbors(distances, indices)
 
     @torch.no_grad()
@@ -156,6 +164,13 @@ class RerankedDistances:
             max_rank=max_rank,
         )
 
+    def _queries(self, rows: slice) -> Tensor:
+        return torch.arange(rows.start, rows.stop, device=self._largest.device)
+
+    def _each(self, work: Callable[[slice], None]) -> None:
+        """Of every block of queries, in threads on the CPU."""
+        each_block(self._largest, work, reference.blocks(self.shape[0], self._distances.count))
+
     @torch.no_grad()
     def _block(self, queries: Tensor) -> Tensor:
         """λ (s/max s)^power + (1 − λ) Jaccard of some queries and the gallery."""
@@ -163,7 +178,7 @@ class RerankedDistances:
         with implementation_context(self._largest, "torch"):
             result = reference.jaccard(self._encoding, self._by_column, queries)[:, first:]
             share = torch.tensor(1 - self._lambda, dtype=result.dtype, device="cpu")  # float16 rounds it too
-            result = (result * share).to(self._largest.dtype)
+            result = result.mul_(share).to(self._largest.dtype)
             if self._lambda:
                 own = self._distances.block(queries)[:, first:]
                 own = reference.divided(own, self._largest[queries, None]).pow_(self._power)
@@ -222,7 +237,7 @@ def k_reciprocal_rerank(
     """
     _check_evaluation("k_reciprocal_rerank", query)
     check_features("query", query, sets=False)
-    _check_rows("gallery", gallery, "query", query)
+    check_gallery(gallery, query)
     _check_parameters(k1, k2, lambda_value, variant)
     check_choice("metric", metric, RERANK_METRICS)
     if variant == "transreid" and metric != "euclidean":
@@ -346,29 +361,37 @@ def jaccard_distance(
         del distances, rows
         by_column = reference.transposed(encoding)
         items = torch.arange(count, device=features.device)
-        parts = ((part, reference.jaccard(encoding, by_column, items[part])) for part in reference.blocks(count, count))
-        return _gathered_sparse(parts, encoding.values, count) if sparse else _gathered(parts, encoding.values, count)
+
+        def block(rows: slice) -> Tensor:
+            return reference.jaccard(encoding, by_column, items[rows]).clamp_(min=0)
+
+        return _gathered_sparse(block, encoding.values, count) if sparse else _gathered(block, encoding.values, count)
 
 
-def _gathered(parts: Iterator[tuple[slice, Tensor]], like: Tensor, count: int) -> Tensor:
+def _gathered(block_of: Callable[[slice], Tensor], like: Tensor, count: int) -> Tensor:
     result = like.new_empty(count, count)
-    for rows, block in parts:
-        result[rows] = block.clamp_(min=0)
+
+    def work(rows: slice) -> None:
+        result[rows] = block_of(rows)
+
+    each_block(like, work, reference.blocks(count, count))
     return result
 
 
-def _gathered_sparse(parts: Iterator[tuple[slice, Tensor]], like: Tensor, count: int) -> Tensor:
-    lengths, columns, values = [torch.zeros(1, dtype=torch.int64, device=like.device)], [], []
-    for _, block in parts:
+def _gathered_sparse(block_of: Callable[[slice], Tensor], like: Tensor, count: int) -> Tensor:
+    def work(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        block = block_of(rows)
         stored = block < 1
-        lengths.append(stored.sum(1))
-        columns.append(stored.nonzero()[:, 1])
-        values.append(block[stored].clamp_(min=0))
+        return stored.sum(1), stored.nonzero()[:, 1], block[stored]
+
     empty = like.new_empty(0)
+    parts = [(empty.new_zeros(1).long(), empty.long(), empty)]
+    parts += each_block(like, work, reference.blocks(count, count))
+    lengths, columns, values = map(torch.cat, zip(*parts, strict=True))
     return torch.sparse_csr_tensor(
-        torch.cat(lengths).cumsum(0),
-        torch.cat([empty.long(), *columns]),
-        torch.cat([empty, *values]),
+        lengths.cumsum(0),
+        columns,
+        values,
         (count, count),
         check_invariants=False,  # they hold by construction; the check reads everything again
     )
@@ -407,7 +430,7 @@ def query_expansion(
     """
     _check_evaluation("query_expansion", query)
     check_features("query", query, sets=False)
-    _check_rows("gallery", gallery, "query", query)
+    check_gallery(gallery, query)
     _check_count("k", k)
     _check_count("times", times)
     check_number("alpha", alpha)
@@ -472,13 +495,6 @@ def _check_evaluation(name: str, x: object) -> None:
         raise RuntimeError(f"backend 'triton': {name} runs in PyTorch on every device; use the 'torch' backend")
     if isinstance(x, Tensor) and x.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"{name}: expected a call outside CUDA graph capture; its steps depend on the data")
-
-
-def _check_rows(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    check_features(name, x, sets=False)
-    check_same_kind(name, x, other_name, other)
-    if x.shape[1] != other.shape[1]:
-        raise ValueError(f"{name}: expected shape (G, {other.shape[1]}), got {tuple(x.shape)}")
 
 
 def _check_parameters(k1: int, k2: int, lambda_value: float, variant: str) -> None:

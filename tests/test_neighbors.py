@@ -409,7 +409,12 @@ _WRONG: list[tuple[str, type[Exception], str, dict[str, Any]]] = [
     ("k", TypeError, "expected an int, got float", {"k": 5.0}),
     ("k", TypeError, "expected an int, got bool", {"k": True}),
     ("metric", ValueError, "expected 'euclidean' or", {"metric": "l2"}),
-    ("exclude_same", TypeError, r"expected a tuple \(query_ids, .*, got 2 values", {"exclude_same": (_IDS, _IDS)}),
+    (
+        "exclude_same",
+        TypeError,
+        r"expected a tuple \(query_ids, .*, got 2 values",
+        {"exclude_same": (_IDS, _IDS), "gallery": _X.clone()},
+    ),
     ("exclude_same", TypeError, r"expected a tuple \(query_ids, .*, got Tensor", {"exclude_same": _IDS}),
     ("exclude_same: gallery_cams", ValueError, r"expected shape \(4,\)", {"exclude_same": (*[_IDS] * 3, _IDS[1:])}),
     ("exclude_same: query_ids", TypeError, "expected an integer", {"exclude_same": (_IDS.float(), *[_IDS] * 3)}),

@@ -50,6 +50,14 @@ def check_comparable(name: str, y: Tensor, other_name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: expected shape ({', '.join(map(str, expected))}), got {tuple(y.shape)}")
 
 
+def check_gallery(gallery: Tensor, query: Tensor) -> None:
+    """`gallery` are rows (G, D) to compare with those of `query`, (Q, D)."""
+    check_features("gallery", gallery, sets=False)
+    check_same_kind("gallery", gallery, "query", query)
+    if gallery.shape[1] != query.shape[1]:
+        raise ValueError(f"gallery: expected shape (G, {query.shape[1]}), got {tuple(gallery.shape)}")
+
+
 def check_integers(name: str, values: Tensor, count: int, device: torch.device) -> None:
     """(count,) integers on `device`: labels, identities, cameras."""
     check_tensor(name, values)

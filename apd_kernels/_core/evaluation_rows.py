@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
 import torch
 from torch import Tensor
 
 from apd_kernels._core.operators import internal_dtype
-from apd_kernels._core.rows import unit_rows
-from apd_kernels._core.threads import Item, Result, in_threads
+from apd_kernels._core.rows import largest_magnitude, unit_rows
+from apd_kernels._core.threads import each_block
 
 
 def padded(dimension: int) -> int:
@@ -23,9 +21,7 @@ def block_rows(x: Tensor) -> int:
 
 def largest_of(name: str, x: Tensor) -> Tensor:
     """max |x| of each row; raises where a row is not finite."""
-    blocks = x.split(block_rows(x))
-    largest = torch.cat(_every(x, lambda block: torch.linalg.vector_norm(block, ord=float("inf"), dim=-1), blocks))
-    largest = largest.to(internal_dtype(x))
+    largest = torch.cat(each_block(x, largest_magnitude, x.split(block_rows(x)))).to(internal_dtype(x))
     broken = (~largest.isfinite()).nonzero()[:, 0]
     if broken.numel():
         shown = ", ".join(map(str, broken[:5].tolist())) + (", …" if broken.numel() > 5 else "")
@@ -72,13 +68,8 @@ def sorted_rows(
         if unit:
             block.copy_(unit_rows(block))
 
-    _every(x, work, zip(rows.split(size), copy.split(size), strict=True))
+    each_block(x, work, zip(rows.split(size), copy.split(size), strict=True))
     return copy
-
-
-def _every(x: Tensor, work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """One after the other on a GPU, in threads on the CPU."""
-    return [work(item) for item in items] if x.is_cuda else in_threads(work, items)
 
 
 def half_squares(rows: Tensor) -> Tensor:

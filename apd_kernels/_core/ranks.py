@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from apd_kernels._core.checks import check_choice, check_integers
+from apd_kernels._core.threads import each_block
 
 AVERAGE_PRECISIONS = ("rectangular", "trapezoidal")
 TIES = ("pessimistic", "optimistic", "expected")
@@ -162,10 +163,10 @@ def metrics_of_blocks(
         raise nothing_to_count(queries, images, query_cams is not None)
     starts = torch.cat([positives.new_zeros(1), positives[chosen].cumsum(0)])
     junk = gallery_ids == JUNK
-    values, counts = [], []
-    for at in range(0, len(chosen), size):
+
+    def work(at: int) -> tuple[Tensor, ...]:
         rows, bounds = chosen[at : at + size], starts[at : at + size + 1]
-        block = 0 - distances_of(rows)
+        block = distances_of(rows).neg_().add_(0)  # 0, and not -0
         broken = block.isnan().any(1)
         if broken.any():
             raise ValueError(f"distances: expected no NaN, got one in row {int(rows[broken][0])}")
@@ -173,12 +174,12 @@ def metrics_of_blocks(
         of_block = torch.repeat_interleave(bounds.diff())
         thresholds = sorted_thresholds(block[of_block, column[pairs]], of_block, len(rows))
         block.masked_fill_((query_ids[rows, None] == gallery_ids) | junk, float("nan"))
-        values.append(thresholds.values)
-        counts.append([_reaching(block, edges, thresholds.starts) for edges in reached(thresholds.values, ties)])
-    every = Thresholds(torch.cat(values), starts)
-    return summarised(
-        [torch.cat(kind) for kind in zip(*counts, strict=True)], every, chosen, queries, ap, ties, max_rank
-    )
+        counts = [_reaching(block, edges, thresholds.starts) for edges in reached(thresholds.values, ties)]
+        return thresholds.values, *counts
+
+    parts = each_block(starts, work, range(0, len(chosen), size))
+    values, *counts = map(torch.cat, zip(*parts, strict=True))
+    return summarised(counts, Thresholds(values, starts), chosen, queries, ap, ties, max_rank)
 
 
 def _reaching(block: Tensor, edges: Tensor, starts: Tensor) -> Tensor:

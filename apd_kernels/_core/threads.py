@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -35,3 +36,8 @@ def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Re
         return [work(item) for item in every]
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return list(pool.map(alone, every))
+
+
+def each_block(x: Tensor, work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """`work` of every item: one after the other where x is on a GPU, in threads on the CPU."""
+    return [work(item) for item in items] if x.is_cuda else in_threads(work, items)

@@ -80,11 +80,18 @@ def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
         yield slice(at, min(at + size, stop))
 
 
-def _similarities(query: Tensor, gallery: Tensor, half_squares: Tensor | None, rows: slice, columns: slice) -> Tensor:
+def _similarities(
+    query: Tensor,
+    gallery: Tensor,
+    half_squares: Tensor | None,
+    rows: slice,
+    columns: slice,
+    height: int = TILE_ROWS,
+) -> Tensor:
     """x·y − ½‖y‖² (without half_squares: x·y) of a block of pairs, in tiles that are filled up with zero rows."""
-    x = _filled(query[rows], TILE_ROWS)
+    x = _filled(query[rows], height)
     width = columns.stop - columns.start
-    block = torch.empty(TILE_ROWS, -(-width // TILE_COLUMNS) * TILE_COLUMNS, dtype=query.dtype, device=query.device)
+    block = torch.empty(height, -(-width // TILE_COLUMNS) * TILE_COLUMNS, dtype=query.dtype, device=query.device)
     for y, tile in zip(gallery[columns].split(TILE_COLUMNS), block.split(TILE_COLUMNS, 1), strict=True):
         torch.mm(x, _filled(y, TILE_COLUMNS).T, out=tile)
     block = block[: rows.stop - rows.start, :width]

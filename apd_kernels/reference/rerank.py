@@ -18,6 +18,7 @@ from torch import Tensor
 
 from apd_kernels._core.operators import internal_dtype
 from apd_kernels._core.rows import BLOCK_ELEMENTS
+from apd_kernels._core.threads import each_block
 
 # On the CPU products are taken in tiles of one shape, so that equal columns give equal bits: see reference/ranking.py.
 TILE_ROWS, TILE_COLUMNS = 256, 384
@@ -130,10 +131,13 @@ def neighbours(distances: Distances, k: int) -> tuple[Tensor, Tensor]:
     indices = torch.empty(count, k, dtype=torch.int64, device=like.device)
     largest = torch.empty(count, dtype=like.dtype, device=like.device)
     items = torch.arange(count, device=like.device)
-    for rows in blocks(count, count):
+
+    def work(rows: slice) -> None:
         block = distances.block(items[rows])
         indices[rows] = nearest(block, k)[1]
         largest[rows] = block.amax(1)
+
+    each_block(like, work, blocks(count, count))
     return indices, largest
 
 
@@ -171,14 +175,16 @@ def encoded(
 def _mutual(lists: Tensor) -> Tensor:
     """For every list entry, whether that item's own list holds the item of the row."""
     items = torch.arange(len(lists), device=lists.device)
-    found = [
-        (lists[lists[rows]] == items[rows, None, None]).any(-1) for rows in _slices(len(lists), lists.shape[1] ** 2)
-    ]
-    return torch.cat(found)
+
+    def work(rows: slice) -> Tensor:
+        return (lists[lists[rows]] == items[rows, None, None]).any(-1)
+
+    return torch.cat(each_block(lists, work, _slices(lists, len(lists), lists.shape[1] ** 2)))
 
 
-def _slices(count: int, columns: int) -> Iterator[slice]:
-    size = max(1, BLOCK_ELEMENTS // 4 // columns)  # of int64, and several temporaries
+def _slices(x: Tensor, count: int, columns: int) -> Iterator[slice]:
+    """Slices of `count` rows whose temporaries of int64 are 32 MB; 2 MB on the CPU, for each thread."""
+    size = max(1, (BLOCK_ELEMENTS // 4 if x.is_cuda else BLOCK_ELEMENTS // 64) // columns)
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 
@@ -190,8 +196,8 @@ def _expanded(lists: Tensor, half_lists: Tensor) -> tuple[Tensor, Tensor]:
     mutual, half_mutual = _mutual(lists), _mutual(half_lists)
     sets, half_sets = torch.where(mutual, lists, nothing), torch.where(half_mutual, half_lists, nothing)
     sizes = half_mutual.sum(1)
-    lengths, columns = [], []
-    for rows in blocks(count, max(count, lists.shape[1] * half_lists.shape[1])):
+
+    def work(rows: slice) -> tuple[Tensor, Tensor]:
         own, neighbour = sets[rows], lists[rows]
         member = torch.zeros(len(own), count + 1, dtype=torch.bool, device=lists.device)
         member.scatter_(1, own, True)
@@ -203,9 +209,11 @@ def _expanded(lists: Tensor, half_lists: Tensor) -> tuple[Tensor, Tensor]:
         union = torch.cat([own, added.flatten(1)], 1)
         place = torch.arange(len(own), device=lists.device)[:, None]
         keys = (place * count + union)[union != nothing].unique()
-        lengths.append(torch.bincount(keys // count, minlength=len(own)))
-        columns.append(keys % count)
-    return _starts(torch.cat(lengths)), torch.cat(columns)
+        return torch.bincount(keys // count, minlength=len(own)), keys % count
+
+    parts = each_block(lists, work, blocks(count, max(count, lists.shape[1] * half_lists.shape[1])))
+    lengths, columns = map(torch.cat, zip(*parts, strict=True))
+    return _starts(lengths), columns
 
 
 def _starts(lengths: Tensor) -> Tensor:
@@ -227,7 +235,8 @@ def _weights(
     starts, columns = sets
     items = torch.arange(distances.count, device=columns.device)
     values = torch.empty(len(columns), dtype=dtype, device=columns.device)
-    for rows in blocks(distances.count, distances.count):
+
+    def work(rows: slice) -> None:
         place, entry = _entries(starts, items[rows])
         lengths = starts[1:][rows] - starts[:-1][rows]
         squared = distances.pairs(items[rows], place, columns[entry]).double()
@@ -236,34 +245,37 @@ def _weights(
         weight = (torch.segment_reduce(distance, "min", lengths=lengths)[place] - distance).exp()
         total = torch.segment_reduce(weight, "sum", lengths=lengths)
         values[entry] = (weight / total[place]).to(dtype)
+
+    each_block(columns, work, blocks(distances.count, distances.count))
     return Sparse(starts, columns, values)
 
 
 def divided(squared: Tensor, divisor: Tensor) -> Tensor:
-    """s / divisor, 0 where the divisor is."""
-    return torch.where(divisor > 0, squared / divisor, 0)
+    """s / divisor, written into s; 0 where the divisor is."""
+    return squared.div_(torch.where(divisor > 0, divisor, torch.inf))
 
 
 def _averaged(weights: Sparse, lists: Tensor) -> Sparse:
     """The mean of the rows of each item's list."""
     count, k = lists.shape
     dtype = weights.values.dtype
-    lengths, columns, values = [], [], []
-    for rows in blocks(count, count):
-        height = rows.stop - rows.start
-        exact = torch.float32 if dtype == torch.float16 else dtype
-        total = torch.zeros(height * count, dtype=exact, device=lists.device)
-        touched = []
-        for rank in range(k):
-            place, entry = _entries(weights.starts, lists[rows, rank])
-            target = place * count + weights.columns[entry]
-            total.index_add_(0, target, weights.values[entry].to(exact))  # each target once: one order, any device
-            touched.append(target)
-        keys = torch.cat(touched).unique()
-        lengths.append(torch.bincount(keys // count, minlength=height))
-        columns.append(keys % count)
-        values.append((total[keys] / k).to(dtype))
-    return Sparse(_starts(torch.cat(lengths)), torch.cat(columns), torch.cat(values))
+    exact = torch.float32 if dtype == torch.float16 else dtype
+
+    def work(rows: slice) -> Sparse:
+        parts = [_entries(weights.starts, chosen) for chosen in lists[rows].unbind(1)]
+        keys = torch.cat([place * count + weights.columns[entry] for place, entry in parts])
+        keys, target = keys.unique(return_inverse=True)
+        total = torch.zeros(len(keys), dtype=exact, device=lists.device)
+        for (_, entry), of_rank in zip(parts, target.split([len(entry) for _, entry in parts]), strict=True):
+            total.index_add_(0, of_rank, weights.values[entry].to(exact))  # each target once: one order, any device
+        lengths = torch.bincount(keys // count, minlength=rows.stop - rows.start)
+        return Sparse(lengths, keys % count, (total / k).to(dtype))
+
+    entries = -(-len(weights.values) // count)  # of a row, about
+    lengths, columns, values = map(
+        torch.cat, zip(*each_block(lists, work, _slices(lists, count, k * entries)), strict=True)
+    )
+    return Sparse(_starts(lengths), columns, values)
 
 
 def transposed(matrix: Sparse) -> Sparse:
@@ -291,7 +303,7 @@ def jaccard(matrix: Sparse, by_column: Sparse, rows: Tensor) -> Tensor:
         own = matrix.values[entry].index_select(0, place)
         shared.index_add_(0, target, torch.minimum(own, by_column.values.index_select(0, other)))
     shared = shared.view(len(rows), count)
-    return 1 - shared / (2 - shared)
+    return shared.div_(2 - shared).neg_().add_(1)
 
 
 def expanded_rows(rows: Tensor, indices: Tensor, squared: Distances, alpha: float) -> Tensor:
@@ -299,10 +311,13 @@ def expanded_rows(rows: Tensor, indices: Tensor, squared: Distances, alpha: floa
     count, k = indices.shape
     result = torch.zeros_like(rows)
     items = torch.arange(count, device=rows.device)
-    for part in _slices(count, rows.shape[1]):
+
+    def work(part: slice) -> None:
         place = torch.arange(part.stop - part.start, device=rows.device)
         for rank in range(k):
             chosen = indices[part, rank]
             cosine = (1 - squared.pairs(items[part], place, chosen) / 2).clamp_(min=0)
             result[part] += cosine.pow(alpha)[:, None] * rows[chosen]
+
+    each_block(rows, work, _slices(rows, count, rows.shape[1]))
     return result / k
