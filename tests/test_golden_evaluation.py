@@ -1,4 +1,4 @@
-"""Evaluation and re-ranking of other code bases: which test compares a file, or why none does; and what PML computes."""
+"""Evaluation and re-ranking of other code bases: which test compares a file, or why none does; and PML's figures."""
 
 from __future__ import annotations
 

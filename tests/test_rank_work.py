@@ -88,11 +88,11 @@ def test_positives_are_read_from_their_tiles_alone(monkeypatch: pytest.MonkeyPat
     launch = ranking.launch
     monkeypatch.setattr(ranking, "launch", lambda kernel, grid, *rest, **options: (
         grids.append(grid), launch(kernel, grid, *rest, **options)))  # fmt: skip
-    query, gallery = _rows(130, 0), _rows(1300, 1)
-    first = 10 * torch.arange(130)
-    starts = 10 * torch.arange(131)
+    query, gallery = _rows(66, 0), _rows(330, 1)
+    first = 5 * torch.arange(66)
+    starts = 5 * torch.arange(67)
     operands = [ranking.prepared_rows(rows, None, "fp32") for rows in (query, gallery)]
-    found = ranking.same_identity_similarities(*operands, first, first + 10, starts, 1300)
-    row = torch.repeat_interleave(torch.arange(130), 10)
+    found = ranking.same_identity_similarities(*operands, first, first + 5, starts, 330)
+    row = torch.repeat_interleave(torch.arange(66), 5)
     assert torch.equal(found, (query[row] * gallery).sum(1))
-    assert grids == [(23,)]  # of 3 × 21: two blocks of queries meet inside two of the tiles of columns
+    assert grids == [(6,)]  # of 2 × 6
