@@ -149,7 +149,7 @@ def test_a_large_gallery_is_worked_on_in_pieces(monkeypatch: pytest.MonkeyPatch)
     assert_same(rank_metrics(query, gallery, *ids, *cams, metric="euclidean", **options), wanted, 0)
     assert max(copied) <= 100_000
     broken = gallery.index_put((torch.tensor([1500]),), torch.tensor(math.nan))
-    with pytest.raises(ValueError, match="gallery: expected finite features, .* in 1 rows: 1500"):
+    with pytest.raises(ValueError, match=r"gallery: expected finite features, .* in 1 rows: 1500"):
         rank_metrics(query, broken, *ids, *cams)
 
 
