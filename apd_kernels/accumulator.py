@@ -15,6 +15,7 @@ from apd_kernels._core.evaluation_rows import half_squares, largest_of, padded, 
 from apd_kernels._core.operators import implementation_context, internal_dtype
 from apd_kernels._core.precision import resolve_precision
 from apd_kernels._core.ranks import (
+    JUNK,
     Matched,
     RankMetrics,
     Thresholds,
@@ -28,15 +29,14 @@ from apd_kernels._core.ranks import (
     summarised,
 )
 from apd_kernels.distributed import gathered_rows
-from apd_kernels.prepared import METRICS
+from apd_kernels.prepared import METRICS, Operands
 
 
 class Shard(NamedTuple):
     """A piece of the gallery ready for the products: sorted by identity, each query's ranges in it, and the rows."""
 
     matched: Matched
-    rows: Tensor
-    half_squares: Tensor | None
+    operands: Operands
     images: int  # junk included
     mark: int  # of its identities and cameras
 
@@ -102,18 +102,18 @@ class RankAccumulator:
         self._ids = query_ids[self._order]
         self._cams = None if query_cams is None else query_cams[self._order]
         self._exclude = None if exclude is None else exclude.long()[self._order]
-        with torch.no_grad():
-            self._prepare(query)
+        with torch.no_grad(), implementation_context(query, self._backend):
+            self._queries = self._ranking.prepared_rows(self._prepare(query), None, self._precision)
         none = torch.zeros(0, dtype=torch.int64, device=query.device)
         self._row, self._similarity = none, none.to(self._internal)
-        self._image = none  # the number of a positive in the gallery, for `exclude`
+        self._image = none  # the number of a positive in the gallery
         self._added = self._counted = 0
         self._difference = 0  # of the marks of the pieces in the two passes
         self._thresholds: Thresholds | None = None
         self._chosen: Tensor | None = None  # which of the sorted queries have a positive
         self._negatives: list[Tensor] = []
 
-    def _prepare(self, query: Tensor) -> None:
+    def _prepare(self, query: Tensor) -> Tensor:
         """The rows of the queries in their order, and what the gallery's are scaled and centred with. Powers of two
         change no bit of a ranking, and no product leaves the range of float32."""
         largest = largest_of("query", query)
@@ -123,8 +123,7 @@ class RankAccumulator:
         count = query.shape[0]
         if self._metric == "cosine":
             self._dtype = dtype
-            self._queries = sorted_rows(query, self._order, dtype, unit=True)[:count]
-            return
+            return sorted_rows(query, self._order, dtype, unit=True)[:count]
         if self._backend == "triton":
             dtype = query.dtype  # products of half inputs are exact in float32
         self._dtype = dtype
@@ -132,15 +131,15 @@ class RankAccumulator:
             scale = scale_of(largest, dtype)
             if dtype != torch.float16:  # the gallery's rows stay as they are: leave room for sums of their products
                 scale = scale * 2.0 ** -(padded(query.shape[1]).bit_length() + 1)
-            self._queries = sorted_rows(query, self._order, dtype, scale)[:count]
-            return
+            return sorted_rows(query, self._order, dtype, scale)[:count]
         self._scale = scale_of(largest.amax() if count else largest.new_ones(()), dtype)
-        self._queries = sorted_rows(query, self._order, dtype, self._scale)[:count]
+        rows = sorted_rows(query, self._order, dtype, self._scale)[:count]
         if dtype == self._internal and count:
             # Distances do not change with a common shift, and centred rows lose fewer digits in x·y − ½‖y‖². A centre
             # on a coarse grid (values lie within ±1) leaves integer features exact.
-            self._centre = (self._queries.mean(0) * 64).round() / 64
-            self._queries -= self._centre
+            self._centre = (rows.mean(0) * 64).round() / 64
+            rows -= self._centre
+        return rows
 
     @torch.no_grad()
     def add_positives(self, gallery: Tensor, gallery_ids: Tensor, gallery_cams: Tensor | None = None) -> None:
@@ -154,11 +153,13 @@ class RankAccumulator:
             TypeError, ValueError: as the constructor.
             RuntimeError: after `count` or `exchange`, when the positives are complete; during CUDA graph capture.
         """
+        self.check(gallery, gallery_ids, gallery_cams)
         self.add(self.shard_of(gallery, gallery_ids, gallery_cams))
 
     @torch.no_grad()
     def count(self, gallery: Tensor, gallery_ids: Tensor, gallery_cams: Tensor | None = None) -> None:
         """Second pass over a piece of the gallery; the arguments and errors as in `add_positives`."""
+        self.check(gallery, gallery_ids, gallery_cams)
         self.count_shard(self.shard_of(gallery, gallery_ids, gallery_cams))
 
     @torch.no_grad()
@@ -225,20 +226,24 @@ class RankAccumulator:
         rows, queries = self._order[chosen], len(self._order)
         return summarised(self._negatives, thresholds, rows, queries, self._ap, self._ties, self._max_rank)
 
-    def single_shot(self, shard: Shard, gallery_ids: Tensor, generator: torch.Generator) -> RankMetrics:
-        """The metrics of one drawn image of each identity of the one `shard` that was added."""
+    def draw(
+        self, gallery_ids: Tensor, gallery_cams: Tensor | None, generator: torch.Generator
+    ) -> tuple[RankAccumulator, Tensor]:
+        """An evaluation of one drawn image of each identity, once all positives have been added: of each query's own
+        one of its positives. With it the numbers of the drawn images in the gallery, which it has to count."""
         self._leave_out(0)
         draw = copy(self)
-        pairs = _one_of_each(self._row, generator)
-        draw._row, draw._similarity = self._row[pairs], self._similarity[pairs]
-        ids = gallery_ids[shard.matched.gallery_rows]
-        images = _one_of_each(ids, generator)
-        squares = None if shard.half_squares is None else shard.half_squares[images]
-        matched = match(self._ids, ids[images], None, None)
-        draw.count_shard(Shard(matched, shard.rows[images], squares, shard.images, shard.mark))
-        return draw.compute()
+        order = self._image.argsort()
+        order = order[self._row[order].argsort(stable=True)]  # the same draws from a gallery in other pieces
+        pairs = order[_one_of_each(self._row[order], generator)]
+        draw._row, draw._similarity, draw._image = self._row[pairs], self._similarity[pairs], self._image[pairs]
+        known = (gallery_ids != JUNK).nonzero()[:, 0]
+        images = known[_one_of_each(gallery_ids[known], generator)]
+        draw._added = len(images)
+        draw._difference = _mark(gallery_ids[images], None if gallery_cams is None else gallery_cams[images])
+        return draw, images
 
-    def shard_of(self, gallery: Tensor, gallery_ids: Tensor, gallery_cams: Tensor | None) -> Shard:
+    def check(self, gallery: Tensor, gallery_ids: Tensor, gallery_cams: Tensor | None) -> None:
         check_features("gallery", gallery, sets=False)
         check_same_kind("gallery", gallery, "query", self._like)
         if gallery.shape[1] != self._like.shape[1]:
@@ -250,12 +255,16 @@ class RankAccumulator:
         if gallery.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("rank_metrics: expected a call outside CUDA graph capture; its steps depend on the data")
         largest_of("gallery", gallery)
+
+    def shard_of(self, gallery: Tensor, gallery_ids: Tensor, gallery_cams: Tensor | None) -> Shard:
         matched = match(self._ids, gallery_ids, self._cams, gallery_cams)
         images = len(matched.gallery_rows)
         unit = self._metric == "cosine"
         rows = sorted_rows(gallery, matched.gallery_rows, self._dtype, self._scale, self._centre, unit=unit)
         squares = half_squares(rows)[:images] if self._metric in ("euclidean", "sqeuclidean") else None
-        return Shard(matched, rows[:images], squares, gallery.shape[0], _mark(gallery_ids, gallery_cams))
+        with implementation_context(gallery, self._backend):
+            operands = self._ranking.prepared_rows(rows[:images], squares, self._precision)
+        return Shard(matched, operands, gallery.shape[0], _mark(gallery_ids, gallery_cams))
 
     def add(self, shard: Shard) -> None:
         if self._thresholds is not None:
@@ -267,12 +276,11 @@ class RankAccumulator:
         if not row.numel():
             return
         first, last = shard.matched.first, shard.matched.last
-        with implementation_context(self._queries, self._backend):
+        with implementation_context(row, self._backend):
             similarity = self._ranking.same_identity_similarities(
-                self._queries, shard.rows, shard.half_squares, first, last, starts, row.numel(), self._precision
+                self._queries, shard.operands, first, last, starts, row.numel()
             )
-        if self._exclude is not None:
-            self._image = torch.cat([self._image, shard.matched.gallery_rows[column[kept]] + before])
+        self._image = torch.cat([self._image, shard.matched.gallery_rows[column[kept]] + before])
         self._row = torch.cat([self._row, row[kept]])
         self._similarity = torch.cat([self._similarity, similarity[kept].to(self._internal)])
 
@@ -280,7 +288,8 @@ class RankAccumulator:
         """Drop what `exclude` names, where `before` images of other ranks precede this rank's."""
         if self._exclude is not None:
             kept = self._image + before != self._exclude[self._row]
-            self._row, self._similarity, self._exclude = self._row[kept], self._similarity[kept], None
+            self._row, self._similarity, self._image = self._row[kept], self._similarity[kept], self._image[kept]
+            self._exclude = None
 
     def _close(self) -> None:
         """The positives are complete."""
@@ -293,7 +302,7 @@ class RankAccumulator:
         kinds = 2 if self._ties == "expected" else 1
         self._negatives = [torch.zeros_like(self._thresholds.values, dtype=torch.int64) for _ in range(kinds)]
         if len(self._chosen) < len(self._order):
-            self._queries = self._queries[self._chosen]
+            self._queries = self._queries.of_rows(self._chosen)
 
     def count_shard(self, shard: Shard) -> None:
         if self._thresholds is None:
@@ -303,20 +312,13 @@ class RankAccumulator:
         assert chosen is not None
         self._counted += shard.images
         self._difference = _wrapped(self._difference - shard.mark)
-        if not len(chosen) or not len(shard.rows):
+        if not len(chosen) or not len(shard.matched.gallery_rows):
             return
         first, last = shard.matched.first[chosen].contiguous(), shard.matched.last[chosen].contiguous()
         for negatives, values in zip(self._negatives, reached(thresholds.values, self._ties), strict=True):
-            with implementation_context(self._queries, self._backend):
+            with implementation_context(values, self._backend):
                 negatives += self._ranking.count_negatives(
-                    self._queries,
-                    shard.rows,
-                    shard.half_squares,
-                    first,
-                    last,
-                    values,
-                    thresholds.starts,
-                    self._precision,
+                    self._queries, shard.operands, first, last, values, thresholds.starts
                 )
 
 

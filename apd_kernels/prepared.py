@@ -30,6 +30,11 @@ class Operands(NamedTuple):
         """The fields as arguments of an operator."""
         return "Tensor? parts, Tensor? half, Tensor? centre, Tensor? root, Tensor? largest"
 
+    def of_rows(self, rows: Tensor) -> Operands:
+        """Those of chosen rows of one set, whose parts are (M, …)."""
+        parts, half, root = (None if x is None else x[rows] for x in (self.parts, self.half, self.root))
+        return Operands(parts, half, self.centre, root, self.largest)
+
 
 class GalleryRows(NamedTuple):
     """Rows made ready for the products of `knn` with any queries, or only those rows that are searched."""

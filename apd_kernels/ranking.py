@@ -15,13 +15,16 @@ from torch import Tensor
 
 from apd_kernels._core.checks import check_floating, check_integers
 from apd_kernels._core.compiler import outside_of_graphs
+from apd_kernels._core.evaluation_rows import padded
 from apd_kernels._core.operators import internal_dtype
 from apd_kernels._core.ranks import RankMetrics, check_labels, check_options, metrics_of_blocks
-from apd_kernels.accumulator import RankAccumulator
+from apd_kernels.accumulator import RankAccumulator, Shard
 
 __all__ = ["RankAccumulator", "RankMetrics", "rank_metrics", "rank_metrics_from_distances"]
 
 _BLOCK_ELEMENTS = 1 << 24  # of a distance matrix that are worked on at once
+# Of the copy that is made of a gallery; a larger one is worked on in pieces, which are copied once in each pass.
+_PIECE_BYTES = 1 << 29
 
 
 @outside_of_graphs("rank_metrics reads its data: call it outside the compiled part")
@@ -51,8 +54,9 @@ def rank_metrics(
     the CPU with MKL, which PyTorch's x86 wheels use; not every BLAS library multiplies equal columns equally).
 
     An evaluation operation: it waits for the GPU several times, raises on what it finds in the data, and is neither
-    compiled by `torch.compile` nor captured in a CUDA graph. Memory: a copy of the features, a few numbers per positive
-    pair, and 64 MB. A gallery that comes in pieces: `RankAccumulator`.
+    compiled by `torch.compile` nor captured in a CUDA graph. Memory: a copy of the queries and of at most 512 MB of the
+    gallery (on a GPU twice that), a few numbers per positive pair, and 64 MB. A gallery that comes in pieces:
+    `RankAccumulator`.
 
     Args:
         query: features, shape (Q, D); float16, bfloat16, float32 or float64.
@@ -106,13 +110,35 @@ def rank_metrics(
             raise TypeError(f"single_shot: expected an int, got {type(single_shot).__name__}")
         if single_shot < 1:
             raise ValueError(f"single_shot: expected at least 1, got {single_shot}")
-    shard = ranks.shard_of(gallery, gallery_ids, gallery_cams)
-    ranks.add(shard)
+    ranks.check(gallery, gallery_ids, gallery_cams)
+
+    def shard(ranks: RankAccumulator, images: slice | Tensor) -> Shard:
+        cams = None if gallery_cams is None else gallery_cams[images]
+        return ranks.shard_of(gallery[images], gallery_ids[images], cams)
+
+    size = _piece_rows(gallery)
+    pieces = [slice(at, at + size) for at in range(0, max(1, gallery.shape[0]), size)]
+    whole = shard(ranks, pieces[0]) if len(pieces) == 1 else None
+    for piece in pieces:
+        ranks.add(whole or shard(ranks, piece))
     generator = torch.Generator("cpu").manual_seed(seed)
-    draws = [ranks.single_shot(shard, gallery_ids, generator).cmc for _ in range(single_shot or 0)]
-    ranks.count_shard(shard)
+    draws = []
+    for _ in range(single_shot or 0):
+        draw, images = ranks.draw(gallery_ids, gallery_cams, generator)
+        for drawn in images.split(max(1, size // 2)):  # half: they are gathered before they are copied
+            draw.count_shard(shard(draw, drawn))
+        draws.append(draw.compute().cmc)
+    for piece in pieces:
+        ranks.count_shard(whole or shard(ranks, piece))
     result = ranks.compute()
     return result._replace(cmc=torch.stack(draws).mean(0)) if draws else result
+
+
+def _piece_rows(gallery: Tensor) -> int:
+    """Gallery images at a time: all of them, or equal pieces whose copies keep within _PIECE_BYTES."""
+    images, row_bytes = gallery.shape[0], padded(gallery.shape[1]) * internal_dtype(gallery).itemsize
+    pieces = max(1, -(-images * row_bytes // _PIECE_BYTES))
+    return max(1, -(-images // pieces))
 
 
 @outside_of_graphs("rank_metrics_from_distances reads its data: call it outside the compiled part")

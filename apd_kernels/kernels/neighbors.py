@@ -24,8 +24,10 @@ from torch import Tensor
 
 from apd_kernels.kernels._launch import dot_precision, launch, row_stride, sets_of_rows
 from apd_kernels.kernels._tiles import product
-from apd_kernels.kernels.ranking import GROUP, TILE
+from apd_kernels.kernels.ranking import GROUP
 
+# Both kernels: other sizes in one of them would take the same pair another way.
+TILE = {"BM": 128, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 3}
 LAST_COLUMN = 2**31 - 1
 NOTHING = -(2**63)  # below the integer of every pair
 MAX_SAMPLING = 4  # at most so many column tiles for one that the bound is taken from

@@ -185,9 +185,17 @@ def rows_kernel(kernel: str, x: Tensor, y: Tensor | None, dots: str) -> str:
 
 def product_options(kernel: str, x: Tensor, precision: str) -> dict[str, Any]:
     """Constants and options of a kernel that calls `split_product` for rows like `x`."""
-    split = is_split(x, precision)
-    form = "split" if split else "tf32" if x.dtype == torch.float32 and precision == "tf32" else "ieee"
-    options = tile(f"{kernel}.split" if split else f"{kernel}.plain", x)
+    form = "split" if is_split(x, precision) else "tf32" if x.dtype == torch.float32 and precision == "tf32" else "ieee"
+    return _options(kernel, x, form)
+
+
+def options_of_parts(kernel: str, parts: Tensor, split: bool) -> dict[str, Any]:
+    """The same from what the rows have become: float32 that is not split is rounded to TF32."""
+    return _options(kernel, parts, "split" if split else "tf32" if parts.dtype == torch.float32 else "ieee")
+
+
+def _options(kernel: str, x: Tensor, form: str) -> dict[str, Any]:
+    options = tile(f"{kernel}.split" if form == "split" else f"{kernel}.plain", x)
     return {"FORM": form, "TMA": has_tma(x), "SEPARATE": separate_accumulators(x), **options}
 
 

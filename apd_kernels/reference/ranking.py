@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apd_kernels._core.ranks import add_reached
+from apd_kernels._core.ranks import add_reached, tiles_of_pairs
 from apd_kernels._core.rows import BLOCK_ELEMENTS
 from apd_kernels._core.threads import in_threads
+from apd_kernels.prepared import Operands
 
 # Equal columns must give equal bits wherever they lie, and a BLAS library does not promise that: at the edge of its
 # kernels it may add the terms of a product in another order. With MKL (1 to 16 threads, float32 and float64) it holds
@@ -22,57 +23,58 @@ TILE_ROWS, TILE_COLUMNS = 256, 384
 CHUNK_COLUMNS = BLOCK_ELEMENTS // TILE_ROWS // TILE_COLUMNS * TILE_COLUMNS
 
 
+def prepared_rows(rows: Tensor, half_squares: Tensor | None, precision: str) -> Operands:
+    """Rows ready for the products: as they are."""
+    return Operands(rows, half_squares)
+
+
 def same_identity_similarities(
-    query: Tensor,
-    gallery: Tensor,
-    half_squares: Tensor | None,
-    first: Tensor,
-    last: Tensor,
-    starts: Tensor,
-    pairs: int,
-    precision: str,
+    query: Operands, gallery: Operands, first: Tensor, last: Tensor, starts: Tensor, pairs: int
 ) -> Tensor:
     """s(query_i, gallery_j) for j in first[i] … last[i], at starts[i] + j − first[i]. Rows are sorted by identity."""
-    similarity = torch.empty(pairs, dtype=query.dtype, device=query.device)
+    x, y = query.parts, gallery.parts
+    assert x is not None
+    assert y is not None
+    similarity = torch.empty(pairs, dtype=x.dtype, device=x.device)
 
-    def work(rows: slice) -> None:
-        start = int(first[rows][0]) // TILE_COLUMNS * TILE_COLUMNS
-        for columns in _slices(start, int(last[rows][-1]), TILE_COLUMNS):
-            tile = _similarities(query, gallery, half_squares, rows, columns)
-            column = torch.arange(columns.start, columns.stop, device=query.device)
-            same = (first[rows, None] <= column) & (column < last[rows, None])
-            place = (starts[:-1] - first)[rows, None] + column
-            similarity[place[same]] = tile[same]
+    def work(tile: int) -> None:
+        block, across = divmod(tile, -(-y.shape[0] // TILE_COLUMNS))
+        rows, columns = _part(x, block, TILE_ROWS), _part(y, across, TILE_COLUMNS)
+        values = _similarities(x, y, gallery.half, rows, columns)
+        column = torch.arange(columns.start, columns.stop, device=x.device)
+        same = (first[rows, None] <= column) & (column < last[rows, None])
+        place = (starts[:-1] - first)[rows, None] + column
+        similarity[place[same]] = values[same]
 
-    in_threads(work, _slices(0, query.shape[0], TILE_ROWS))
+    in_threads(work, tiles_of_pairs(first, last, y.shape[0], TILE_ROWS, TILE_COLUMNS).tolist())
     return similarity
 
 
 def count_negatives(
-    query: Tensor,
-    gallery: Tensor,
-    half_squares: Tensor | None,
-    first: Tensor,
-    last: Tensor,
-    thresholds: Tensor,
-    starts: Tensor,
-    precision: str,
+    query: Operands, gallery: Operands, first: Tensor, last: Tensor, thresholds: Tensor, starts: Tensor
 ) -> Tensor:
     """How many gallery rows outside first[i] … last[i] have s ≥ t, for each threshold t of query i, ascending."""
+    x, y = query.parts, gallery.parts
+    assert x is not None
+    assert y is not None
     count = np.zeros(thresholds.shape, dtype=np.int64)
     edges, bounds = thresholds.cpu().numpy(), starts.tolist()
     same = torch.stack([first, last], 1).tolist()
     width = max(TILE_COLUMNS, CHUNK_COLUMNS // torch.get_num_threads() // TILE_COLUMNS * TILE_COLUMNS)
 
     def work(rows: slice) -> None:
-        for columns in _slices(0, gallery.shape[0], width):
-            block = _similarities(query, gallery, half_squares, rows, columns).cpu().numpy()
+        for columns in _slices(0, y.shape[0], width):
+            block = _similarities(x, y, gallery.half, rows, columns).cpu().numpy()
             for row, (begin, end) in zip(block, same[rows], strict=True):
                 row[max(0, begin - columns.start) : max(0, end - columns.start)] = np.nan
             add_reached(count, block, edges, bounds[rows.start : rows.stop + 1])
 
-    in_threads(work, _slices(0, query.shape[0], TILE_ROWS))
-    return torch.from_numpy(count).to(query.device)
+    in_threads(work, _slices(0, x.shape[0], TILE_ROWS))
+    return torch.from_numpy(count).to(x.device)
+
+
+def _part(rows: Tensor, number: int, size: int) -> slice:
+    return slice(number * size, min((number + 1) * size, rows.shape[0]))
 
 
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
