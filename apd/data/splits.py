@@ -85,6 +85,38 @@ def two_camera_splits(
     return splits
 
 
+def image_pair_splits(pids: np.ndarray, *, identities: int, repeats: int = 10, seed: int = 0) -> list[Split]:
+    """The ten-split rule of i-LIDS, whose cameras are not known: of each identity drawn one image asks, one answers.
+
+    Args:
+        pids: identity of N images, integers (N,).
+        identities: how many are drawn for a split; i-LIDS 60.
+        repeats: number of splits.
+        seed: of the draws; split r depends on the seed and r alone.
+
+    Returns:
+        `repeats` splits.
+
+    Raises:
+        InputError: fewer identities have two images.
+
+    >>> (split,) = image_pair_splits(np.array([1, 1, 2, 2, 3]), identities=2, repeats=1)
+    >>> len(split.query), len(split.gallery), set(split.query) & set(split.gallery)
+    (2, 2, set())
+    """
+    named, images = np.unique(pids[pids > DISTRACTOR], return_counts=True)
+    usable = named[images > 1]
+    if not 1 <= identities <= len(usable):
+        raise InputError(f"identities: expected 1 to {len(usable)}, those with two images, got {identities}")
+    splits = []
+    for repeat in range(repeats):
+        random = np.random.default_rng((seed, repeat))
+        drawn = np.flatnonzero(np.isin(pids, random.choice(usable, identities, replace=False)))
+        query = _one_each(drawn, pids, random)
+        splits.append(Split(query, _one_each(np.setdiff1d(drawn, query), pids, random)))
+    return splits
+
+
 def camera_draws(pids: np.ndarray, camids: np.ndarray, *, repeats: int = 10, seed: int = 0) -> list[Split]:
     """All identities: one image of each in each camera asks, drawn at random, and all other images answer.
 
