@@ -291,11 +291,11 @@ class Sources:
 
     def read(self, device: str, among_themselves: bool = False) -> tuple[FeatureSet, FeatureSet]:
         """Queries and gallery; with `among_themselves` all rows of a file without split are both."""
-        from apd.data.market import read_market
+        from apd.data.datasets import read_dataset
         from apd.features import load_features
 
         if self.checkpoint is not None and self.data is not None:
-            folder = read_market(self.data, ("query", "gallery"))
+            folder = read_dataset(self.data, ("query", "gallery"))
             whole = extracted(run_extractor(self.checkpoint, device, self.flip_test), folder, self.batch_size)
         elif self.features is not None:
             whole = load_features(self.features)
