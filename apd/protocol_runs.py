@@ -80,7 +80,7 @@ def run_protocol(
         run = _trained(task, data, config, output / "runs" / task.folder, device)
         results[task.name] = _tested(run, task, data, output, device)
     write_json(output / "table.json", _as_json(protocol, results))
-    write_text(output / "table.md", as_markdown(protocol, results))
+    write_text(output / "table.md", as_markdown(protocol, data, results))
     return results
 
 
@@ -239,7 +239,9 @@ def _as_json(protocol: Protocol, results: Mapping[str, Mapping[str, TargetResult
     }
 
 
-def as_markdown(protocol: Protocol, results: Mapping[str, Mapping[str, TargetResult]]) -> str:
+def as_markdown(
+    protocol: Protocol, data: Mapping[str, DataSpec], results: Mapping[str, Mapping[str, TargetResult]]
+) -> str:
     """The table in the field's format: mAP and rank-1 by target, and their average; published figures below ours."""
     found = _by_target(results)
     columns = [*found, *([AVERAGE] if len(found) > 1 else [])]
@@ -254,11 +256,13 @@ def as_markdown(protocol: Protocol, results: Mapping[str, Mapping[str, TargetRes
     lines.append(f"| ours | {' | '.join(ours)} |")
     for figures in protocol.published:
         pairs = [figures.by_target.get(column) for column in columns]
-        cells = [
-            text for pair in pairs for text in (("–", "–") if pair is None else (f"{pair[0]:.1f}", f"{pair[1]:.1f}"))
-        ]
+        cells = [cell for pair in pairs for cell in (("–", "–") if pair is None else (f"{v:.1f}" for v in pair))]
         lines.append(f"| {figures.method} (published) | {' | '.join(cells)} |")
-    notes = [f"Trained on {protocol.text}. {'; '.join(results)}. Cosine distance, no re-ranking, no flip test."]
+    read = ", ".join(f"{name}/{spec.variant}" if spec.variant else name for name, spec in data.items())
+    notes = [
+        f"{protocol.name}: {protocol.text}. Trainings: {'; '.join(results)}. Data: {read}.",
+        "Cosine distance, no re-ranking, no flip test.",
+    ]
     if any(len(result.splits) > 1 for result in found.values()):
         notes.append("±: standard deviation over the splits.")
     return "\n".join([*lines, "", " ".join(notes)]) + "\n"

@@ -138,7 +138,13 @@ def protocol_named(name: str, source: str | None = None, targets: Sequence[str] 
         Task(task.sources, tuple(target for target in task.targets if target in targets), task.all_images)
         for task in protocol.tasks
     )
-    return Protocol(protocol.name, protocol.text, tuple(task for task in tasks if task.targets), protocol.published)
+    published = protocol.published
+    if set(targets) != set(protocol.targets):  # an average over other targets is no figure to compare with
+        own = (
+            Figures(f.method, {name: pair for name, pair in f.by_target.items() if name in targets}) for f in published
+        )
+        published = tuple(figures for figures in own if figures.by_target)
+    return Protocol(protocol.name, protocol.text, tuple(task for task in tasks if task.targets), published)
 
 
 def _single_source(source: str | None, targets: Sequence[str]) -> Protocol:

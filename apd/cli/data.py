@@ -65,12 +65,14 @@ def known() -> None:
         variants = f"; variants {', '.join(dataset.variants)}" if dataset.variants else ""
         console.print(f"[bold]{dataset.name:<12}[/bold]{dataset.title}{variants}", soft_wrap=True)
         holds = " or ".join(" and ".join(layout) for layout in dataset.layouts)
-        sizes = [(part, size) for part in PARTS if (size := dataset.counts(part, None))]
+        sizes = [(part, size) for part in PARTS if (size := dataset.counts(part, next(iter(dataset.variants), None)))]
         published = ", ".join(f"{part} {size.images:,} of {size.identities:,}" for part, size in sizes)
         for title, text in (("holds", holds), ("published", published and f"images of identities: {published}")):
             if text:
                 console.print(f"{'':<12}[dim]{title:<10}[/dim]{text}", soft_wrap=True)
-    console.print("NAME:PATH or NAME/VARIANT:PATH; as a source NAME+test:PATH trains on query and gallery too.")
+    console.print(
+        "NAME:PATH or NAME/VARIANT:PATH; as a source NAME+test:PATH trains on query and gallery too.", soft_wrap=True
+    )
 
 
 def _print_report(report: Report) -> None:

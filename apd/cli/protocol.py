@@ -56,7 +56,7 @@ def run(
     where = locate(protocol.data_sets, data_root, [DataSpec.parse(one) for one in data or ()])
     folder = output or Path("runs") / protocol.name
     results = run_protocol(protocol, where, load_config(config, values or ()), folder, on)
-    console.print(as_markdown(protocol, results), soft_wrap=True, markup=False)
+    console.print(as_markdown(protocol, where, results), soft_wrap=True, markup=False)
     print_written(folder / "table.md", folder / "table.json")
 
 
@@ -72,7 +72,6 @@ def known() -> None:
             console.print(f"{'':<15}{task.name}", soft_wrap=True)
         for figures in protocol.published:
             cells = (f"{target} {mAP} / {rank1}" for target, (mAP, rank1) in figures.by_target.items())
-            console.print(
-                f"{'':<15}[dim]published, mAP / rank-1: {figures.method}: {', '.join(cells)}[/dim]", soft_wrap=True
-            )
+            text = f"published, mAP / rank-1: {figures.method}: {', '.join(cells)}"
+            console.print(f"{'':<15}[dim]{text}[/dim]", soft_wrap=True)
     console.print(f"[bold]{SINGLE_SOURCE:<15}[/bold]--source A --target B: the training images of one data set")

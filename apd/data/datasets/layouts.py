@@ -71,7 +71,7 @@ def _number(match: re.Match[str]) -> int:
     return int(match["pid"])
 
 
-def read_cuhk03(root: Path, parts: Sequence[str], variant: str = "detected") -> ReidFolder:
+def read_cuhk03(root: Path, parts: Sequence[str], variant: str) -> ReidFolder:
     """CUHK03-NP (Zhong et al. 2017): folders ``detected`` and ``labeled``, each in the layout of Market-1501.
 
     Raises:

@@ -24,7 +24,7 @@ _COLUMNS = ("path", "pid", "camid", "split")
 _LARGEST = 2**31 - 1  # identities and cameras are int32 in feature files
 
 
-def read_msmt17(root: Path, parts: Sequence[str], variant: str | None = None) -> ReidFolder:
+def read_msmt17(root: Path, parts: Sequence[str], variant: str) -> ReidFolder:
     """MSMT17 (Wei et al. 2018), V1 (``train``, ``test``) or V2 (``mask_train_v2``, ``mask_test_v2``), by its lists.
 
     Training images are those of list_train.txt and list_val.txt together, as published tables count them (32,621). Both
@@ -33,7 +33,7 @@ def read_msmt17(root: Path, parts: Sequence[str], variant: str | None = None) ->
     Args:
         root: the folder of the lists.
         parts: to read.
-        variant: ``"v1"`` or ``"v2"``; None: the one that is there.
+        variant: ``"v1"`` or ``"v2"``.
 
     Warns:
         DataWarning: listed images that are not there, which are left out.
@@ -41,7 +41,10 @@ def read_msmt17(root: Path, parts: Sequence[str], variant: str | None = None) ->
     Raises:
         InputError: a list or a folder is missing, or a line is no such line.
     """
-    train, test = _msmt17_folders(root, variant)
+    train, test = _MSMT17_FOLDERS[variant]
+    for folder in dict.fromkeys(train if part == "train" else test for part in parts):
+        if not (root / folder).is_dir():
+            raise InputError(f"{root}: no folder {folder!r}, which MSMT17 {variant.upper()} has")
     found: dict[str, list[Sample]] = {}
     missing: list[str] = []
     folders: dict[Path, set[str]] = {}
@@ -64,13 +67,10 @@ def read_msmt17(root: Path, parts: Sequence[str], variant: str | None = None) ->
     return folder_of(root, found)
 
 
-def _msmt17_folders(root: Path, variant: str | None) -> tuple[str, str]:
-    for name, folders in _MSMT17_FOLDERS.items():
-        if variant in (None, name) and any((root / folder).is_dir() for folder in folders):
-            return folders
-    expected = " or ".join(f"{' and '.join(folders)} ({name.upper()})" for name, folders in _MSMT17_FOLDERS.items())
-    which = "" if variant is None else f", asked for {variant}"
-    raise InputError(f"{root}: no folder of images; MSMT17 has {expected}{which}")
+def msmt17_variant(root: Path) -> str:
+    """The one of which the images are there; ``"v1"`` where there are none."""
+    there = (name for name, folders in _MSMT17_FOLDERS.items() if any((root / folder).is_dir() for folder in folders))
+    return next(there, "v1")
 
 
 def _msmt17_lines(path: Path) -> Iterator[tuple[str, int, int]]:

@@ -15,7 +15,7 @@ from apd.data.datasets.layouts import (
     read_prid,
     read_viper,
 )
-from apd.data.datasets.lists import read_manifest, read_msmt17
+from apd.data.datasets.lists import msmt17_variant, read_manifest, read_msmt17
 from apd.data.datasets.ten_splits import grid_splits, half_by_camera, half_by_image
 from apd.data.market import FOLDERS, ReidFolder, read_market
 from apd.data.splits import Split
@@ -50,7 +50,8 @@ class DataSet:
     inside: tuple[str, ...] = ()  # folders within the one given that may hold the layout
     aliases: tuple[str, ...] = ()  # further names, and usual names of its folder
     parts: tuple[str, ...] = ALL
-    variants: tuple[str, ...] = ()  # the first is taken where none is named; of MSMT17 the one that is there
+    variants: tuple[str, ...] = ()
+    variant_in: Callable[[Path], str] | None = None  # the variant that is read of a folder where none is named
     published: Mapping[str, Published] = field(default_factory=dict)  # by part, "part/variant" where they differ
     splits: Callable[[ReidFolder, int], list[Split]] | None = None  # its test, of rows query + gallery, by seed
     cameras_known: bool = True
@@ -70,9 +71,8 @@ class DataSet:
         return any(_lies_in(folder, self.layouts[0]) for folder in (path, *(path / name for name in self.inside)))
 
     def counts(self, part: str, variant: str | None) -> Published | None:
-        """The published size of a part (of the first variant, where none is named); None where none is known."""
-        chosen = variant or next(iter(self.variants), None)
-        return self.published.get(f"{part}/{chosen}", self.published.get(part))
+        """The published size of a part; None where none is known."""
+        return self.published.get(f"{part}/{variant}", self.published.get(part))
 
 
 def _lies_in(folder: Path, layout: tuple[str, ...]) -> bool:
@@ -120,6 +120,7 @@ _KNOWN = (
         inside=("MSMT17_V1", "MSMT17_V2"),
         aliases=("MSMT17_V1", "MSMT17_V2"),
         variants=("v1", "v2"),
+        variant_in=msmt17_variant,
         published={
             "train": Published(32_621, 1_041),
             "query": Published(11_659, 3_060),
@@ -135,6 +136,7 @@ _KNOWN = (
         inside=("cuhk03-np", "CUHK03-NP"),
         aliases=("cuhk03-np",),
         variants=("detected", "labeled"),
+        variant_in=lambda folder: "labeled" if folder.name.lower() == "labeled" else "detected",
         published={
             "train/detected": Published(7_365, 767),
             "query/detected": Published(1_400, 700),

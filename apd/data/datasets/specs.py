@@ -59,6 +59,13 @@ class DataSpec:
         """The same with an absolute path."""
         return replace(self, path=self.path.resolve())
 
+    def settled(self) -> DataSpec:
+        """The same with the variant that is read where none is named."""
+        dataset = self.dataset
+        if self.variant is not None or dataset.variant_in is None:
+            return self
+        return replace(self, variant=dataset.variant_in(dataset.find(self.path)))
+
     def __str__(self) -> str:
         """The text that `parse` reads."""
         if self.name is None:
@@ -89,7 +96,7 @@ def read_dataset(data: str | Path | DataSpec, parts: Iterable[str] = ("train", "
     Raises:
         InputError: the data set has no such part, or a part cannot be read or holds no image.
     """
-    spec = DataSpec.parse(data)
+    spec = DataSpec.parse(data).settled()
     dataset, wanted = spec.dataset, tuple(dict.fromkeys(parts))
     for part in wanted:
         if part not in dataset.parts:
