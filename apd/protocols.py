@@ -140,10 +140,8 @@ def protocol_named(name: str, source: str | None = None, targets: Sequence[str] 
     )
     published = protocol.published
     if set(targets) != set(protocol.targets):  # an average over other targets is no figure to compare with
-        own = (
-            Figures(f.method, {name: pair for name, pair in f.by_target.items() if name in targets}) for f in published
-        )
-        published = tuple(figures for figures in own if figures.by_target)
+        own = ((f.method, {name: pair for name, pair in f.by_target.items() if name in targets}) for f in published)
+        published = tuple(Figures(method, by_target) for method, by_target in own if by_target)
     return Protocol(protocol.name, protocol.text, tuple(task for task in tasks if task.targets), published)
 
 

@@ -123,7 +123,8 @@ def read_source(data: str | Path | DataSpec) -> ReidFolder:
     spec = DataSpec.parse(data)
     present = present_parts(spec)
     if not spec.all_images:
-        return read_dataset(spec, present if {"query", "gallery"} <= set(present) else ("train",))
+        tested = ("query", "gallery") if {"query", "gallery"} <= set(present) else ()
+        return read_dataset(spec, ("train", *tested))
     folder = read_dataset(spec, present)
     images = (*folder.train, *folder.query, *folder.gallery)
     return replace(folder, train=tuple(s for s in images if s.pid != DISTRACTOR), query=(), gallery=())
