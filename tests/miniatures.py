@@ -1,6 +1,7 @@
 """Small data sets in the layouts in which the known ones are distributed, drawn for a test.
 
-Each function makes the data set's own folder within `root`, by the name that its authors or users give it, and returns it.
+Each function makes the data set's own folder within `root`, by the name that its authors or users give it, and returns
+it.
 """
 
 from __future__ import annotations
@@ -95,12 +96,10 @@ def cuhk_sysu(root: Path) -> Path:
 
 def prid(root: Path) -> Path:
     """Six people in both cameras; from 201 on other people in each."""
-    for camera, last in (("a", 203), ("b", 205)):
+    for camera, name, last in ((1, "cam_a", 203), (2, "cam_b", 205)):
         for pid in (*range(1, 7), *range(201, last)):
-            person = pid if pid < 200 else pid + 1000 * ord(camera)
-            draw(
-                root / "prid_2011" / "single_shot" / f"cam_{camera}" / f"person_{pid:04d}.png", person, ord(camera) - 96
-            )
+            person = pid if pid < 200 else pid + 1000 * camera
+            draw(root / "prid_2011" / "single_shot" / name / f"person_{pid:04d}.png", person, camera)
     return root / "prid_2011"
 
 
