@@ -141,8 +141,7 @@ def _tested(run: Run, task: Task, data: Mapping[str, DataSpec], output: Path, de
             result = evaluate_target(extractor, data[target], output / "splits" / f"{target}.json")
             path.parent.mkdir(exist_ok=True)
             write_json(path, {"weights": run.fingerprint(), **asdict(result)})
-        mean, spread = result.mean("mAP"), result.deviation("mAP")
-        console.print(f"{target}: mAP {_percent(mean, spread)}, rank-1 {_percent(result.mean('rank-1'))}")
+        console.print(f"{target}: mAP {_cell(result, 'mAP')}, rank-1 {_cell(result, 'rank-1')}, in %", soft_wrap=True)
         results[target] = result
     return results
 

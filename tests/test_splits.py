@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from apd.data.splits import Split, camera_draws, read_splits, two_camera_splits, write_splits
+from apd.data.splits import Split, camera_draws, image_pair_splits, read_splits, two_camera_splits, write_splits
 from apd.errors import InputError
 
 # Identities 1 to 6 in both cameras with two images each, 7 in camera 1 and 8 in camera 2 alone, distractors, junk.
@@ -88,3 +88,21 @@ def test_wrong_arguments() -> None:
         two_camera_splits(PIDS, CAMIDS, identities=2, query_camera=2, gallery_camera=2)
     with pytest.raises(InputError, match="pids: expected an identity with images of two cameras, got none"):
         camera_draws(np.array([1, 2, 0, 0]), np.array([1, 2, 1, 2]))
+
+
+def test_image_pair_splits() -> None:
+    """Cameras are not known: one image of each identity asks, another one answers."""
+    pids = np.array([1, 1, 1, 2, 2, 3, 4, 4, 0, 0, -1, -1])
+    splits = image_pair_splits(pids, identities=2)
+    assert len(splits) == 10
+    for split in splits:
+        assert sorted(pids[split.query]) == sorted(pids[split.gallery])
+        assert len(set(pids[split.query])) == 2
+        assert set(pids[split.query]) <= {1, 2, 4}
+        assert not set(split.query) & set(split.gallery)
+    assert len({(*split.query, *split.gallery) for split in splits}) > 5
+    assert [s.query.tolist() for s in image_pair_splits(pids, identities=2, seed=1)] != [
+        s.query.tolist() for s in splits
+    ]
+    with pytest.raises(InputError, match="identities: expected 1 to 3, those with two images, got 4"):
+        image_pair_splits(pids, identities=4)
