@@ -160,7 +160,7 @@ def evaluate_target(extractor: Extractor, spec: DataSpec, lists: Path) -> Target
     folder = read_dataset(spec, ("query", "gallery"))
     with progress("images", len(folder.query) + len(folder.gallery)) as advance:
         rows = extract_folder(extractor, folder, advance=advance)
-    return _measure(rows, _splits(spec, folder, rows, lists))
+    return _measure(rows, _splits(spec, folder, rows, lists), extractor.device)
 
 
 def _splits(spec: DataSpec, folder: ReidFolder, rows: FeatureSet, lists: Path) -> list[Split]:
@@ -176,12 +176,12 @@ def _splits(spec: DataSpec, folder: ReidFolder, rows: FeatureSet, lists: Path) -
     return read_splits(lists, names)
 
 
-def _measure(rows: FeatureSet, splits: Sequence[Split]) -> TargetResult:
-    features = torch.from_numpy(rows.features)
-    pids, camids = (torch.from_numpy(column.astype(np.int64)) for column in (rows.identities(), rows.cameras()))
+def _measure(rows: FeatureSet, splits: Sequence[Split], device: str) -> TargetResult:
+    columns = (rows.features, rows.identities().astype(np.int64), rows.cameras().astype(np.int64))
+    features, pids, camids = (torch.from_numpy(column).to(device) for column in columns)
     found, queries, left_out = [], 0, 0
     for split in splits:
-        query, gallery = torch.from_numpy(split.query), torch.from_numpy(split.gallery)
+        query, gallery = (torch.from_numpy(part).to(device) for part in (split.query, split.gallery))
         result = rank_metrics(
             features[query],
             features[gallery],

@@ -103,6 +103,7 @@ def test_other_commands_take_names(tmp_path: Path) -> None:
     assert np.bincount(rows.split).tolist() == [0, 6, 10]
     text = run("evaluate", "--checkpoint", network, "--data", f"grid:{grid}")
     assert "6 counted, 0 left out" in text
+    assert "note: GRID (Loy et al. 2009): all images at once; published figures are means over ten splits" in text
     run("index", "--checkpoint", network, "--data", tmp_path / "underground_reid", "--output", tmp_path / "gallery")
     query = next((grid / "probe").iterdir())
     picture = tmp_path / "found.png"

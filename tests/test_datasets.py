@@ -318,7 +318,7 @@ def test_specs(text: str, expected: DataSpec) -> None:
     assert DataSpec.parse(str(expected)) == expected
 
 
-def test_wrong_specs(tmp_path: Path) -> None:
+def test_wrong_specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="no data set is called 'markt1501'; did you mean market1501"):
         DataSpec.parse("markt1501:x")
     with pytest.raises(InputError, match="variants of cuhk03: expected detected, labeled, got 'both'"):
@@ -327,6 +327,9 @@ def test_wrong_specs(tmp_path: Path) -> None:
         DataSpec.parse("viper/a:x")
     (tmp_path / "a:b").mkdir()
     assert DataSpec.parse(tmp_path / "a:b") == DataSpec(tmp_path / "a:b")
+    monkeypatch.chdir(tmp_path)
+    Path("viper:x").mkdir()
+    assert DataSpec.parse("viper:x") == DataSpec(Path("viper:x"))  # what is there is no name
     with pytest.raises(InputError, match="no such folder"):
         read_dataset(f"viper:{tmp_path / 'nowhere'}", ("query",))
 

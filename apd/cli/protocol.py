@@ -54,7 +54,7 @@ def run(
 
     protocol = protocol_named(name, source, target or ())
     where = locate(protocol.data_sets, data_root, [DataSpec.parse(one) for one in data or ()])
-    folder = output or Path("runs") / protocol.name
+    folder = output or Path("runs") / (protocol.tasks[0].folder if source is not None else protocol.name)
     results = run_protocol(protocol, where, load_config(config, values or ()), folder, on)
     console.print(as_markdown(protocol, where, results), soft_wrap=True, markup=False)
     print_written(folder / "table.md", folder / "table.json")

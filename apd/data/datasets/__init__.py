@@ -1,7 +1,7 @@
 """Data sets by name, in the layouts in which they are distributed."""
 
 from apd.data.datasets.registry import DATASETS, DataSet, Published
-from apd.data.datasets.specs import DataSpec, differences, domains, present_parts, read_dataset, read_source
+from apd.data.datasets.specs import DataSpec, differences, domains, present_parts, read_dataset, read_source, test_note
 
 __all__ = [
     "DATASETS",
@@ -13,4 +13,5 @@ __all__ = [
     "present_parts",
     "read_dataset",
     "read_source",
+    "test_note",
 ]

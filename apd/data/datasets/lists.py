@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -125,7 +126,7 @@ def manifest_parts(path: Path) -> list[str]:
 
 
 def _manifest_rows(path: Path) -> Iterator[tuple[str, Sample]]:
-    reader = csv.DictReader(_text(path).splitlines())
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""))
     try:
         names = reader.fieldnames or []
         absent = [column for column in _COLUMNS if column not in names]

@@ -40,9 +40,9 @@ class DataSpec:
         if isinstance(data, DataSpec):
             return data
         match = _NAMED.fullmatch(str(data))
-        dataset = None if match is None else dataset_named(match["name"])
-        if match is None or (dataset is None and Path(data).exists()):
+        if match is None or Path(data).exists():
             return cls(Path(data))
+        dataset = dataset_named(match["name"])
         if dataset is None:
             raise InputError(f"{data}: no data set is called {match['name']!r}; {_suggestion(match['name'])}")
         variant = None if match["variant"] is None else match["variant"].lower()
@@ -142,6 +142,17 @@ def present_parts(data: str | Path | DataSpec) -> list[str]:
     if dataset is MARKET_LAYOUT:
         return [part for part in FOLDERS if (spec.path / FOLDERS[part]).is_dir()] or list(FOLDERS)
     return list(dataset.parts)
+
+
+def test_note(data: str | Path | DataSpec) -> str | None:
+    """For a data set that papers test in ten splits: that its query and gallery as read are another test."""
+    dataset = DataSpec.parse(data).dataset
+    if dataset.splits is None:
+        return None
+    return (
+        f"{dataset.title}: all images at once; published figures are means over ten splits of half of the identities, "
+        "as apd protocol run makes them"
+    )
 
 
 def domains(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
