@@ -188,7 +188,8 @@ def locate(names: Sequence[str], root: Path | None, given: Sequence[DataSpec] = 
     missing = [name for name in names if name not in found]
     if missing:
         lacking = "; ".join(f"{name} ({' or '.join((name, *DATASETS[name].aliases))})" for name in missing)
-        raise InputError(f"--data-root {root}: no folder of {lacking}; --data NAME:PATH says where one is")
+        where = "--data-root: not given, and" if root is None else f"--data-root {root}:"
+        raise InputError(f"{where} no folder of {lacking}; --data NAME:PATH says where one is")
     return {name: found[name].resolved().settled() for name in names}
 
 

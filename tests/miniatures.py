@@ -84,7 +84,7 @@ def cuhk02(root: Path) -> Path:
                 for frame in (1, 2):
                     name = f"{pid:03d}_{frame:03d}.png"
                     draw(root / "cuhk02" / "Dataset" / pair / f"cam{camera}" / name, 10 * number + pid, camera)
-    return root / "cuhk02"
+    return root / "cuhk02" / "Dataset"
 
 
 def cuhk_sysu(root: Path) -> Path:

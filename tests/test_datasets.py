@@ -86,10 +86,22 @@ def test_a_folder_of_market_layout_needs_no_name(tmp_path: Path) -> None:
         read_dataset(tmp_path / "Market-1501-v15.09.15" / "query")
 
 
-def test_market_nested_folder_is_recognised(tmp_path: Path) -> None:
+def test_a_folder_of_data_sets_is_none(tmp_path: Path) -> None:
+    """Without a name nobody knows which of them is meant."""
     miniatures.market1501(tmp_path)
-    with pytest.warns(DataWarning, match="market1501, train: published are 12,936 images"):
-        read_dataset(tmp_path, ("train",))
+    miniatures.viper(tmp_path)
+    with pytest.raises(InputError, match="no folder 'bounding_box_train'"):
+        read_dataset(tmp_path)
+    assert read(f"market1501:{tmp_path}")[0].path == tmp_path / "Market-1501-v15.09.15"
+
+
+def test_a_source_that_is_named_in_two_ways_is_one(tmp_path: Path) -> None:
+    from apd.config import Config
+    from apd.training.train import start_run
+
+    path = miniatures.market1501(tmp_path)
+    with pytest.raises(InputError, match="expected different folders"):
+        start_run(tmp_path / "run", Config(), [path, f"market1501+test:{tmp_path}"])
 
 
 def test_published_sizes(tmp_path: Path) -> None:

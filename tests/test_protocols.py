@@ -188,6 +188,21 @@ def test_a_protocol_goes_on_where_it_was(p1: tuple[Path, str], root: Path, monke
     viper.unlink()
 
 
+def test_an_interrupted_training_goes_on(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import apd.protocol_runs
+
+    arguments = ("protocol", "run", "single-source", "--source", "msmt17", "--target", "viper", "--data-root", root)
+    output = tmp_path / "out"
+    monkeypatch.setattr(apd.protocol_runs, "train_run", lambda run, device: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(*arguments, "--output", output, *TINY)
+    assert (output / "runs" / "msmt17-to-viper" / "config.yaml").is_file()
+    assert not (output / "table.md").exists()
+    monkeypatch.undo()
+    run(*arguments, "--output", output, *TINY)
+    assert figures(output)["results"]["MS→VIPeR"]["viper"]["splits"] == 10
+
+
 def test_the_splits_lists_decide(p1: tuple[Path, str], root: Path) -> None:
     """Whoever hands on the lists hands on the test."""
     from apd.extraction import load_extractor

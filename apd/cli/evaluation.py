@@ -313,9 +313,9 @@ class Sources:
 
     def note(self) -> str | None:
         """What must be known of a data set's test."""
-        from apd.data.datasets import test_note
+        from apd.data.datasets import ten_split_note
 
-        return None if self.data is None else test_note(self.data)
+        return None if self.data is None else ten_split_note(self.data)
 
     def about(self, queries: FeatureSet) -> dict[str, Any]:
         """For a JSON file: how the features were made, as far as it is known."""

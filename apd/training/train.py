@@ -49,7 +49,7 @@ def start_run(path: Path, config: Config, data: Sequence[Path | str | DataSpec])
     if (path / CONFIG).exists():
         raise InputError(f"{path}: there is a run already; choose another --output, or go on with it by --resume")
     specs = [DataSpec.parse(source).resolved() for source in data]
-    if len({spec.path for spec in specs}) < len(specs):
+    if len({spec.folder for spec in specs}) < len(specs):
         raise InputError(
             f"{', '.join(map(str, data))}: expected different folders; one that is named twice would count each of its "
             "people as two"

@@ -1,7 +1,15 @@
 """Data sets by name, in the layouts in which they are distributed."""
 
 from apd.data.datasets.registry import DATASETS, DataSet, Published
-from apd.data.datasets.specs import DataSpec, differences, domains, present_parts, read_dataset, read_source, test_note
+from apd.data.datasets.specs import (
+    DataSpec,
+    differences,
+    domains,
+    present_parts,
+    read_dataset,
+    read_source,
+    ten_split_note,
+)
 
 __all__ = [
     "DATASETS",
@@ -13,5 +21,5 @@ __all__ = [
     "present_parts",
     "read_dataset",
     "read_source",
-    "test_note",
+    "ten_split_note",
 ]

@@ -67,8 +67,8 @@ class DataSet:
         return next((folder for folder in folders if any(_lies_in(folder, layout) for layout in self.layouts)), path)
 
     def recognises(self, path: Path) -> bool:
-        """Whether a folder without a name is such a data set."""
-        return any(_lies_in(folder, self.layouts[0]) for folder in (path, *(path / name for name in self.inside)))
+        """Whether a folder without a name is such a data set; one above it may hold others as well, and is not."""
+        return _lies_in(path, self.layouts[0])
 
     def counts(self, part: str, variant: str | None) -> Published | None:
         """The published size of a part; None where none is known."""

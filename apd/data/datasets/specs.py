@@ -55,6 +55,11 @@ class DataSpec:
     def dataset(self) -> DataSet:
         return recognised(self.path) if self.name is None else DATASETS[self.name]
 
+    @property
+    def folder(self) -> Path:
+        """Where its layout lies, absolute: the same for a data set that is named in two ways."""
+        return self.dataset.find(self.path, self.variant).resolve()
+
     def resolved(self) -> DataSpec:
         """The same with an absolute path."""
         return replace(self, path=self.path.resolve())
@@ -144,7 +149,7 @@ def present_parts(data: str | Path | DataSpec) -> list[str]:
     return list(dataset.parts)
 
 
-def test_note(data: str | Path | DataSpec) -> str | None:
+def ten_split_note(data: str | Path | DataSpec) -> str | None:
     """For a data set that papers test in ten splits: that its query and gallery as read are another test."""
     dataset = DataSpec.parse(data).dataset
     if dataset.splits is None:
