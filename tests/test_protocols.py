@@ -259,6 +259,10 @@ def test_single_source_with_a_generator(root: Path, tmp_path: Path) -> None:
     images = list(tmp_path.glob("out/runs/cuhk02-to-viper/synthesized/*/bounding_box_train/*.jpg"))
     assert len(images) == 32
     assert "10001_c1_001_001.jpg" in {image.name for image in images}
+    run("report", tmp_path / "out" / "runs" / "cuhk02-to-viper", "--target", f"viper:{root}")
+    page = (tmp_path / "out" / "runs" / "cuhk02-to-viper" / "report.html").read_text()
+    assert "Originals and synthesized hard samples" in page
+    assert "VIPeR, target" in page
 
 
 def test_no_target_has_a_say(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
