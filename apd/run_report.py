@@ -10,7 +10,8 @@ import numpy as np
 
 from apd import report
 from apd.comparison import Chance, Retrieval, chance, retrieve
-from apd.data.market import ReidFolder, read_market
+from apd.data.datasets import read_dataset, read_source
+from apd.data.market import ReidFolder, folder_of
 from apd.environment import describe_environment
 from apd.errors import InputError
 from apd.extraction import Extractor, extract_folder, load_extractor
@@ -55,14 +56,14 @@ def write_run_report(path: Path, run: Run, targets: Sequence[Path], device: str)
     """
     info = run.info()
     extractor = load_extractor(str(run.path), device)
-    sources = [Path(folder) for folder in info.get("data", [])]
+    sources = [read_source(source) for source in info.get("data", [])]
     if not sources:
         raise InputError(f"{run.path / INFO}: names no data folders")
-    own = [(Path(folder), "own test") for folder in info.get("own_test", {})]
-    folders = [*own, *((folder, "target") for folder in targets)]
-    names = [f"{folder.name}, {kind}" for folder, kind in folders]
+    own = [(folder, "own test") for folder in sources if str(folder.path) in info.get("own_test", {})]
+    folders = [*own, *((read_dataset(data, ("query", "gallery")), "target") for data in targets)]
+    names = [f"{folder.path.name}, {kind}" for folder, kind in folders]
     tested = {
-        name if names.count(name) == 1 else f"{folder}, {kind}": _test(folder, extractor)
+        name if names.count(name) == 1 else f"{folder.path}, {kind}": _test(folder, extractor)
         for name, (folder, kind) in zip(names, folders, strict=True)
     }
     sections = [_figures_section(tested)] if tested else []
@@ -71,7 +72,7 @@ def write_run_report(path: Path, run: Run, targets: Sequence[Path], device: str)
         for name, one in tested.items()
     ]
     if (run.path / SYNTHESIZED).is_dir():
-        sections.append(synthesized_section(run, run.name, sources, device))
+        sections.append(synthesized_section(run, run.name, info["data"], device))
     if run.config.model.ssd != "none":
         sections.append(attention_section(run, _shown(tested, sources)))
     seconds = {name: info["seconds"][key] for key, name in STAGES.items() if key in info["seconds"]}
@@ -84,17 +85,17 @@ def write_run_report(path: Path, run: Run, targets: Sequence[Path], device: str)
     summary = [
         f"{run.name}: perturbation {run.config.perturbation}, model.ssd {run.config.model.ssd}, "
         f"{run.config.model.backbone} at {run.size[0]}×{run.size[1]}.",
-        f"Trained on {', '.join(folder.name for folder in sources)}; seed {run.config.seed}; "
+        f"Trained on {', '.join(folder.path.name for folder in sources)}; seed {run.config.seed}; "
         f"weights {run.fingerprint()[:12]}. One run: how much another seed would change is not in these figures.",
     ]
     report.write_report(path, f"Run {run.name}", summary, sections)
 
 
-def _test(path: Path, extractor: Extractor) -> _Tested:
-    folder = read_market(path, ("query", "gallery"))
+def _test(data: ReidFolder, extractor: Extractor) -> _Tested:
+    folder = folder_of(data.path, {"query": data.query, "gallery": data.gallery})
     rows = extract_folder(extractor, folder)
     query, gallery = rows.part("query"), rows.part("gallery")
-    images = replace(query, names=np.array([str(path / name) for name in query.names]))
+    images = replace(query, names=np.array([str(folder.path / name) for name in query.names]))
     index = index_features(gallery, "cosine", device="cpu")
     lists = search_features(images, index, _LISTED, exclude_same_camera=True)
     return _Tested(folder, chance(query, gallery), retrieve(query, gallery), lists)
@@ -111,12 +112,12 @@ def _figures_section(tested: dict[str, _Tested]) -> report.Section:
     return report.Section("Result", [text], [table], sizes)
 
 
-def _shown(tested: dict[str, _Tested], sources: Sequence[Path]) -> list[Path]:
+def _shown(tested: dict[str, _Tested], sources: Sequence[ReidFolder]) -> list[Path]:
     """Images for the attention maps: queries where something was tested, else of the training."""
     if tested:
         samples = [sample for one in tested.values() for sample in one.folder.query]
     else:
-        samples = [sample for folder in sources for sample in read_market(folder, ("train",)).train]
+        samples = [sample for folder in sources for sample in folder.train]
     places = np.linspace(0, len(samples) - 1, min(_ATTENTION, len(samples))).astype(int)
     return [samples[place].path for place in places]
 

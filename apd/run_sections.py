@@ -12,9 +12,10 @@ from torch import Tensor
 
 from apd import report
 from apd.comparison import Retrieval, nearest_is_right
+from apd.data.datasets import domains, read_source
 from apd.data.images import load_image
 from apd.data.loading import as_floats
-from apd.data.market import ReidFolder, read_market
+from apd.data.market import ReidFolder
 from apd.display import count
 from apd.ranked_lists import RankedLists
 from apd.run import METRICS, Run
@@ -70,30 +71,33 @@ def lists_section(
     return report.Section(title, [text], strips, folded=folded)
 
 
-def synthesized_section(run: Run, name: str, sources: Sequence[Path], device: str) -> report.Section:
+def synthesized_section(run: Run, name: str, sources: Sequence[Path | str], device: str) -> report.Section:
     """Originals beside their synthesized images, and how many of these are nearest to another identity.
 
     Args:
         run: with synthesized images of every source.
         name: of the run, for the text.
-        sources: its data sets.
+        sources: its data sets, as run.json names them.
         device: where to compute.
     """
     groups: dict[str, list[report.Synthesized]] = {}
     pairs: list[report.Synthesized] = []
-    folders = [read_market(folder, ("train",)) for folder in sources]
-    for folder, made in zip(folders, synthesized_folders(run.path / SYNTHESIZED, sources), strict=True):
+    folders = [read_source(source) for source in sources]
+    trained = [list(domains(folder.train)) for folder in folders]
+    targets = synthesized_folders(run.path / SYNTHESIZED, [folder.path for folder in folders])
+    for samples_of, made in zip(trained, targets, strict=True):
         images = [
             report.Synthesized(
                 sample.path,
                 synthesized_path(made, "train", sample),
                 (f"identity {sample.pid}", f"camera {sample.camid}"),
             )
-            for sample in folder.train
+            for samples in samples_of
+            for sample in samples
         ]
         pairs += images
         groups[made.name] = [images[place] for place in _spread(len(images), _PAIRS)]
-    labels = gather_sources([folder.train for folder in folders], 0, run.config.seed)[0].labels
+    labels = gather_sources([samples for samples_of in trained for samples in samples_of], 0, run.config.seed)[0].labels
     chosen = _spread(len(pairs), _FLIPS)
     flips = measure_flips(run, [pairs[i] for i in chosen], labels[chosen], device)
     compared = (

@@ -14,7 +14,7 @@ from torch import nn
 
 from apd.data.images import ImageStore
 from apd.data.loading import images_in_order
-from apd.data.market import FOLDERS, Sample
+from apd.data.market import FOLDERS, Sample, label_of
 from apd.display import progress
 from apd.errors import InputError
 from apd.files import write_bytes, write_text
@@ -32,8 +32,14 @@ def synthesized_folders(folder: Path, sources: Sequence[Path]) -> list[Path]:
 
 
 def synthesized_path(folder: Path, part: str, sample: Sample) -> Path:
-    """Where the synthesized image of a sample lies: the original's name, ending in .jpg, so that its identity stays."""
-    return folder / FOLDERS[part] / f"{sample.path.stem}.jpg"
+    """Where the synthesized image of a sample lies: the original's name, ending in .jpg, so that its identity stays.
+
+    An original whose name does not say identity and camera as Market-1501's do gets them in front of its name.
+    """
+    stem = sample.path.stem
+    if label_of(sample.path.name) != (sample.pid, sample.camid):
+        stem = f"{sample.pid:04d}_c{sample.camid}_{stem}"
+    return folder / FOLDERS[part] / f"{stem}.jpg"
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import typer
 
+from apd.cli import protocol as protocols
+from apd.cli.data import check, known
 from apd.cli.evaluation import evaluate, rerank
 from apd.cli.features import FILE_HELP, extract
 from apd.cli.retrieval import index, search
@@ -30,3 +32,11 @@ for command in (export, report, hardtest, demo, env):
 config = typer.Typer(help="Configurations of a training.", no_args_is_help=True)
 config.command()(show)
 app.add_typer(config, name="config")
+data = typer.Typer(help="Data sets: those known by name, and what is in a folder.", no_args_is_help=True)
+data.command()(check)
+data.command("list")(known)
+app.add_typer(data, name="data")
+protocol = typer.Typer(help="Protocols of domain-generalizable Re-ID.", no_args_is_help=True)
+protocol.command()(protocols.run)
+protocol.command("list")(protocols.known)
+app.add_typer(protocol, name="protocol")

@@ -180,6 +180,8 @@ def evaluate(
             result = evaluate_distances(distances, queries, images, conventions)
     warn_of_distractors(queries)
     display.print_evaluation(result, queries, images)
+    if note := sources.note():
+        display.console.print(f"note: {note}", soft_wrap=True)
     if json is not None:
         write_json(json, result.as_json() | sources.about(queries))
         display.print_written(json)
@@ -291,11 +293,11 @@ class Sources:
 
     def read(self, device: str, among_themselves: bool = False) -> tuple[FeatureSet, FeatureSet]:
         """Queries and gallery; with `among_themselves` all rows of a file without split are both."""
-        from apd.data.market import read_market
+        from apd.data.datasets import read_dataset
         from apd.features import load_features
 
         if self.checkpoint is not None and self.data is not None:
-            folder = read_market(self.data, ("query", "gallery"))
+            folder = read_dataset(self.data, ("query", "gallery"))
             whole = extracted(run_extractor(self.checkpoint, device, self.flip_test), folder, self.batch_size)
         elif self.features is not None:
             whole = load_features(self.features)
@@ -308,6 +310,12 @@ class Sources:
             assert self.gallery is not None
             return load_features(self.query).part("query"), load_features(self.gallery[0]).part("gallery")
         return whole.part("query"), whole.part("gallery")
+
+    def note(self) -> str | None:
+        """What must be known of a data set's test."""
+        from apd.data.datasets import ten_split_note
+
+        return None if self.data is None else ten_split_note(self.data)
 
     def about(self, queries: FeatureSet) -> dict[str, Any]:
         """For a JSON file: how the features were made, as far as it is known."""

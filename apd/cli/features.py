@@ -22,7 +22,8 @@ FILE_HELP = (
     "An [bold].npz[/bold] feature file holds the arrays [bold]features[/bold] (N, D), [bold]pids[/bold] and "
     "[bold]camids[/bold] (N,); optionally [bold]split[/bold] (0 train, 1 query, 2 gallery) and [bold]names[/bold]. "
     "A data set is a folder with [bold]bounding_box_train[/bold], [bold]query[/bold] and "
-    "[bold]bounding_box_test[/bold] (the gallery), as Market-1501."
+    "[bold]bounding_box_test[/bold] (the gallery), as Market-1501; or [bold]NAME:PATH[/bold], one of [bold]apd data "
+    "list[/bold] as it is distributed."
 )
 PARTS = ("train", "query", "gallery")
 
@@ -122,11 +123,11 @@ def extract(
         raise InputError(f"--part {unknown[0]}: expected train, query or gallery")
     on = torch_device(device)
     from apd import display
-    from apd.data.market import read_market
+    from apd.data.datasets import read_dataset
     from apd.extraction import load_extractor
     from apd.features import save_features
 
-    folder = read_market(data, parts)
+    folder = read_dataset(data, parts)
     extractor = load_extractor(model, on, size=height_width, weights=weights, mean=mean, std=std, flip_test=flip_test)
     rows = extracted(extractor, folder, batch_size)
     display.print_extractor(extractor.about())
@@ -166,9 +167,9 @@ def _size(text: str) -> tuple[int, int]:
 
 def _present_parts(data: Path) -> list[str]:
     """All parts if none is there: whoever reads them says what is missing."""
-    from apd.data.market import FOLDERS
+    from apd.data.datasets import present_parts
 
-    return [part for part in PARTS if (data / FOLDERS[part]).is_dir()] or list(PARTS)
+    return present_parts(data)
 
 
 def run_extractor(run: Path, device: str, flip_test: bool) -> Extractor:

@@ -85,7 +85,7 @@ def index(
         raise InputError(f"--column {min(reserved)}: every gallery has its own")
     on = torch_device(device)
     from apd import display
-    from apd.data.market import read_market
+    from apd.data.datasets import read_dataset
     from apd.features import load_features
     from apd.retrieval import append_features, index_features, note_run
     from apd_kernels import Gallery
@@ -99,7 +99,8 @@ def index(
     else:
         assert checkpoint is not None
         assert data is not None
-        folder = read_market(data, ("gallery",))
+        folder = read_dataset(data, ("gallery",))
+        data = folder.path  # what the images' names are relative to
         extractor = run_extractor(checkpoint, on, flip_test)
         rows = extracted(extractor, folder, batch_size).part("gallery")
     if present is not None:

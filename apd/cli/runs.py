@@ -77,13 +77,13 @@ def hardtest(
     """
     check_file(json, "--json")
     on = torch_device(device)
-    from apd.data.market import read_market
+    from apd.data.datasets import read_dataset
     from apd.display import print_hard_test, print_written
     from apd.files import write_json
     from apd.hard_testing import run_hard_test
     from apd.run import Run
 
-    folder = read_market(data, ("query", "gallery"))
+    folder = read_dataset(data, ("query", "gallery"))
     other = None if control is None else Run(control)
     result = run_hard_test(Run(run), Run(judge), folder, control=other, device=on, seed=seed)
     about = {

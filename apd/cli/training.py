@@ -19,7 +19,10 @@ def train(
     ] = None,
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="Folder of a source domain in the layout of Market-1501; give it once for each domain."),
+        typer.Option(
+            help="Source domain; give it once for each: a folder in the layout of Market-1501, a CSV file, or "
+            "NAME:PATH ([bold]apd data list[/bold]); NAME+test:PATH trains on its test images too."
+        ),
     ] = None,
     config: Annotated[
         str | None,
@@ -72,7 +75,7 @@ def train(
 @reported
 def synthesize(
     checkpoint: Annotated[Path, typer.Option(help="Run whose generator is taken.")],
-    data: Annotated[Path, typer.Option(help="Data set in the layout of Market-1501.")],
+    data: Annotated[Path, typer.Option(help="Data set: a folder, or NAME:PATH.")],
     output: Annotated[Path, typer.Option(help="Folder of the new data set; images of the same generator are kept.")],
     part: Annotated[
         list[str] | None, typer.Option(help="train, query or gallery; give it once for each part. Default: train.")
@@ -90,14 +93,14 @@ def synthesize(
     if unknown:
         raise InputError(f"--part {unknown[0]}: expected train, query or gallery")
     on = torch_device(device)
-    from apd.data.market import read_market
+    from apd.data.datasets import read_dataset
     from apd.display import print_written
     from apd.run import Run
     from apd.synthesis import synthesize as write_images
 
     run = Run(checkpoint)
     generator = run.load_generator(on)
-    folder = read_market(data, parts)
+    folder = read_dataset(data, parts)
     for name in parts:
         write_images(generator, getattr(folder, name), name, output, run.size, device=on, workers=workers)
     print_written(output)

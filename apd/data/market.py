@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +22,12 @@ _NAMED = 10  # files or identities that a message names
 
 @dataclass(frozen=True)
 class Sample:
-    """An image with its identity and camera, as the file name says them; cameras count from 1."""
+    """An image with its identity and camera, as the data set says them; cameras count from 1."""
 
     path: Path
     pid: int
     camid: int
+    domain: str = ""  # of a manifest that holds several; identities of two domains never share a number
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class ReidFolder:
     train: tuple[Sample, ...]
     query: tuple[Sample, ...]
     gallery: tuple[Sample, ...]
+    junk: int = 0  # images of identity −1, which were left out
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,15 @@ def read_market(
         raise InputError(f"{root}: {'expected a folder, found a file' if root.exists() else 'no such folder'}")
     found: dict[str, list[Sample]] = {part: [] for part in FOLDERS}
     misnamed: list[str] = []
+    junk = 0
     for part in dict.fromkeys(parts):
-        found[part], wrong = _read_part(root, FOLDERS[part])
+        found[part], wrong, unlabelled = _read_part(root, FOLDERS[part])
         misnamed += wrong
+        junk += unlabelled
     if misnamed:
         of = "file is" if len(misnamed) == 1 else "files are"
         expected = "<identity>_c<camera>s<sequence>_…, camera from 1"
-        _report(f"{root}: {len(misnamed)} {of} left out, not named {expected}: {_first(misnamed)}", strict)
+        _report(f"{root}: {len(misnamed)} {of} left out, not named {expected}: {first_of(misnamed)}", strict)
 
     for part in ("train", "query"):  # no class, and no query: as one it would match the gallery's distractors
         named = [sample for sample in found[part] if sample.pid != DISTRACTOR]
@@ -114,25 +118,39 @@ def read_market(
     both = sorted(tested.intersection(sample.pid for sample in found["train"]))
     if both:
         of = "identity is" if len(both) == 1 else "identities are"
-        _report(f"{root}: {len(both)} {of} both in train and in query or gallery: {_first(map(str, both))}", strict)
-    return ReidFolder(root, **{part: tuple(samples) for part, samples in found.items()})
+        _report(f"{root}: {len(both)} {of} both in train and in query or gallery: {first_of(map(str, both))}", strict)
+    return folder_of(root, found, junk)
 
 
-def _read_part(root: Path, folder: str) -> tuple[list[Sample], list[str]]:
-    """The images of one folder, and the files that look like images but have another name."""
-    samples, misnamed = [], []
-    for name in _image_names(root, folder):
+def folder_of(root: Path, parts: Mapping[str, Sequence[Sample]], junk: int = 0) -> ReidFolder:
+    """A data set of these parts; the others are empty."""
+    train, query, gallery = (tuple(parts.get(part, ())) for part in FOLDERS)
+    return ReidFolder(root, train, query, gallery, junk)
+
+
+def _read_part(root: Path, folder: str) -> tuple[list[Sample], list[str], int]:
+    """The images of one folder, the files that look like images but are named otherwise, and how many are junk."""
+    samples, misnamed, junk = [], [], 0
+    for name in image_names(root, folder):
         if _JUNK.match(name):
+            junk += 1
             continue
         label = label_of(name)
         if label is None:
             misnamed.append(f"{folder}/{name}")
         else:
             samples.append(Sample(root / folder / name, *label))
-    return samples, misnamed
+    return samples, misnamed, junk
 
 
-def _image_names(root: Path, folder: str) -> list[str]:
+def image_names(
+    root: Path, folder: str, layout: str = f"the layout of Market-1501 is {', '.join(FOLDERS.values())}"
+) -> list[str]:
+    """The names of the images in a folder of a data set, sorted; hidden files are none.
+
+    Raises:
+        InputError: the folder is missing, which `layout` explains, is a file, or cannot be read.
+    """
     try:
         with os.scandir(root / folder) as entries:
             return sorted(
@@ -141,16 +159,15 @@ def _image_names(root: Path, folder: str) -> list[str]:
                 if entry.name.lower().endswith(_ENDINGS) and not entry.name.startswith(".") and not entry.is_dir()
             )
     except FileNotFoundError:
-        raise InputError(
-            f"{root}: no folder {folder!r}; the layout of Market-1501 is {', '.join(FOLDERS.values())}"
-        ) from None
+        raise InputError(f"{root}: no folder {folder!r}; {layout}") from None
     except NotADirectoryError:
         raise InputError(f"{root / folder}: expected a folder, found a file") from None
     except PermissionError:
         raise InputError(f"{root / folder}: no permission to read it") from None
 
 
-def _first(items: Iterable[str]) -> str:
+def first_of(items: Iterable[str]) -> str:
+    """The first few, as a message names them."""
     names = list(items)
     return ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
 

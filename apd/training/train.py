@@ -16,7 +16,8 @@ import torch
 
 from apd.config import Config
 from apd.config_files import save_config
-from apd.data.market import FOLDERS, ReidFolder, Sample, count_samples, read_market
+from apd.data.datasets import DataSpec, domains, read_source
+from apd.data.market import ReidFolder, Sample, count_samples
 from apd.display import console, count
 from apd.errors import DataWarning, InputError
 from apd.models.spnet import build_spnet
@@ -34,34 +35,34 @@ BASELINE = "baseline"  # folder of the trunk's run
 SYNTHESIZED = "synthesized"
 
 
-def start_run(path: Path, config: Config, data: Sequence[Path]) -> Run:
+def start_run(path: Path, config: Config, data: Sequence[Path | str | DataSpec]) -> Run:
     """Make the folder of a new run.
 
     Args:
         path: the folder; it may exist, but holds no run yet.
         config: every value.
-        data: folders of the source domains.
+        data: the source domains: folders, or what `DataSpec.parse` reads.
 
     Raises:
         InputError: the folder holds a run, or the data or the configuration cannot be used; then no folder is made.
     """
     if (path / CONFIG).exists():
         raise InputError(f"{path}: there is a run already; choose another --output, or go on with it by --resume")
-    if len({folder.resolve() for folder in data}) < len(data):
+    specs = [DataSpec.parse(source).resolved() for source in data]
+    if len({spec.folder for spec in specs}) < len(specs):
         raise InputError(
             f"{', '.join(map(str, data))}: expected different folders; one that is named twice would count each of its "
             "people as two"
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DataWarning)  # they are given when the training begins
-        train_images = [read_market(folder, ("train",)).train for folder in data]
-    sources, _ = gather_sources(train_images, config.train.validation_identities, config.seed)
+        sources, _ = _gathered([read_source(spec) for spec in specs], config)
     check_sp(sources, config)
     config = _with_absolute_paths(config)
     path.mkdir(parents=True, exist_ok=True)
     update_info(
         path,
-        data=[str(folder.resolve()) for folder in data],
+        data=[str(spec) for spec in specs],
         started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions={"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
     )
@@ -90,9 +91,7 @@ def train_run(run: Run, device: str) -> dict[str, Any]:
     check_precision(config, device)  # now, not after stage 1
     own_rows(config.train)
     folders = on_first(lambda: _read_sources(run))
-    sources, validation = gather_sources(
-        [folder.train for folder in folders], config.train.validation_identities, config.seed
-    )
+    sources, validation = _gathered(folders, config)
     if config.perturbation in ("generator", "both"):
         if not on_first((path / GENERATOR).is_file):
             _train_trunk(run, device)
@@ -106,7 +105,7 @@ def train_run(run: Run, device: str) -> dict[str, Any]:
 
 
 def _read_sources(run: Run) -> list[ReidFolder]:
-    folders = [_read_source(Path(folder)) for folder in run.info().get("data", [])]
+    folders = [read_source(source) for source in run.info().get("data", [])]
     if not folders:
         raise InputError(f"{run.path / INFO}: names no data folders")
     for folder in folders:
@@ -136,7 +135,7 @@ def _train_trunk(run: Run, device: str) -> None:
     path = run.path / BASELINE
     config = replace(run.config, perturbation="none", model=replace(run.config.model, ssd="none"))
     if not on_first((path / CONFIG).is_file):
-        on_first(lambda: start_run(path, config, [Path(folder) for folder in run.info()["data"]]))
+        on_first(lambda: start_run(path, config, run.info()["data"]))
     train_run(Run(path), device)
 
 
@@ -172,10 +171,9 @@ def _took(path: Path, stage: str, seconds: float) -> None:
     console.print(f"{stage}: {seconds:.0f} s", style="dim")
 
 
-def _read_source(path: Path) -> ReidFolder:
-    """The training images, and the test images where the data set has some: they are evaluated, never trained on."""
-    tested = all((path / FOLDERS[part]).is_dir() for part in ("query", "gallery"))
-    return read_market(path, ("train", "query", "gallery") if tested else ("train",))
+def _gathered(folders: Sequence[ReidFolder], config: Config) -> tuple[Sources, list[list[Sample]]]:
+    images = [samples for folder in folders for samples in domains(folder.train)]
+    return gather_sources(images, config.train.validation_identities, config.seed)
 
 
 def _synthesized(run: Run, folders: Sequence[ReidFolder], sources: Sources, device: str) -> Sources:

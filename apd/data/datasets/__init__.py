@@ -1,0 +1,25 @@
+"""Data sets by name, in the layouts in which they are distributed."""
+
+from apd.data.datasets.registry import DATASETS, DataSet, Published
+from apd.data.datasets.specs import (
+    DataSpec,
+    differences,
+    domains,
+    present_parts,
+    read_dataset,
+    read_source,
+    ten_split_note,
+)
+
+__all__ = [
+    "DATASETS",
+    "DataSet",
+    "DataSpec",
+    "Published",
+    "differences",
+    "domains",
+    "present_parts",
+    "read_dataset",
+    "read_source",
+    "ten_split_note",
+]
