@@ -414,7 +414,7 @@ def test_auto_trunk_is_chosen_once(tmp_path: Path, data: Path, monkeypatch: pyte
     made = start_run(tmp_path / "run", config, [data])
     built = []
     monkeypatch.setattr(module, "build_trunk", lambda name, weights: built.append(name) or name)
-    monkeypatch.setattr(module, "TransformerTrunk", lambda *rest: pytest.fail("the trunk became another one"))
+    monkeypatch.setattr(module, "BaselineTrunk", lambda *rest: pytest.fail("the trunk became another one"))
     for choice in ("resnet50", "self"):
         monkeypatch.setattr(module, "resolve_trunk", lambda *rest, choice=choice: choice)
         module.make_trunk(made, "cpu")
