@@ -21,7 +21,6 @@ from apd.models.mpgnet import Discriminator, Generator, discriminator_loss, gene
 from apd.models.spnet import build_spnet
 from apd.models.trunk import BaselineTrunk, CNNTrunk, Trunk, TrunkFeatures, build_trunk, resolve_trunk
 from apd.models.weights import LITE0, load_wheel
-from apd.training.monitors import flipped_share
 from apd.training.mpg import NegativeSampler
 
 B, M = 4, 3
@@ -234,12 +233,3 @@ def test_negatives_need_another_identity() -> None:
         NegativeSampler(LABELS, DOMAINS, 5, 2, seed=0)
     with pytest.raises(InputError, match="at most the 12"):
         NegativeSampler(LABELS, np.zeros(12, dtype=np.int64), 13, 2, seed=0)
-
-
-def test_flipped_share() -> None:
-    bank = torch.tensor([[0.0], [1.0], [5.0], [6.0], [20.0]])
-    labels = torch.tensor([0, 0, 1, 1, 2])  # the last has nobody of its identity and does not count
-    batch = torch.tensor([0, 2, 4])
-    assert flipped_share(bank[batch], batch, bank, labels) == 0
-    # Image 0 moved nearest to image 2: another identity. Image 2 stays.
-    assert flipped_share(torch.tensor([[4.0], [5.0], [20.0]]), batch, bank, labels) == 0.5
