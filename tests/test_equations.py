@@ -150,7 +150,7 @@ def test_exchanged_parts_are_of_other_identities(labels: list[int]) -> None:
     y = torch.tensor(labels)
     for seed in range(20):
         torch.manual_seed(seed)
-        permutation, valid = identity_derangement(y, return_valid=True)
+        permutation, valid = identity_derangement(y, return_valid=True, check=False)
         assert (y[permutation][valid] != y[valid]).all()
         assert sorted(permutation.tolist()) == list(range(len(y)))
         assert int(valid.sum()) == min(len(y), 2 * int((y != y.mode().values).sum()))
