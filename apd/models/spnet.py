@@ -152,7 +152,7 @@ class SPNet(nn.Module, ABC):
 
     @abstractmethod
     def encode_branches(self, maps: Tensor, count: int) -> Tensor:
-        """The vectors of K, NK and K*, or the first `count` of them, (count, B, D), of the maps (count · B, C, h, w)."""
+        """Vectors (count, B, D) of K, NK and K*, or the first `count` of them, of maps (count · B, C, h, w)."""
 
     @abstractmethod
     def shallow_and_deep(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import l1_loss
 
+from apd.data.augmentation import as_floats
 from apd.data.images import ImageStore
-from apd.data.loading import as_floats
 from apd.models.trunk import Trunk
 from apd.training.sources import Sources
 
