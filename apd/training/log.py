@@ -20,7 +20,7 @@ from apd.run import METRICS
 
 COLUMNS = (
     *("stage", "step", "epoch", "seconds", "lr"),
-    *("loss_g", "loss_d", "loss_mp", "loss_c", "loss_s", "flipped"),
+    *("loss_g", "loss_d", "loss_mp", "loss_c", "loss_s", "flipped", "content"),
     *("loss", "loss_k", "loss_nk", "loss_kp", "loss_latent", "accuracy", "validation_map", "validation_rank1"),
 )
 _FLUSH_SECONDS = 10.0  # between two writings of metrics.csv
@@ -144,6 +144,10 @@ class StageLog:
         if not console.is_terminal and (now - self._printed > _QUIET_SECONDS or step == self._steps):
             console.print(f"{self._title} {step}/{self._steps}  {self.seconds:.0f} s  {shown}", soft_wrap=True)
             self._printed = now
+
+    def picture(self, step: int, name: str, image: Tensor) -> None:
+        """Show an image (3, H, W) in [0, 1] in TensorBoard."""
+        self._writer.add_image(name, image.clamp(0, 1).cpu(), step)
 
     def flush(self) -> None:
         """Bring metrics.csv up to date, in one step."""

@@ -62,10 +62,27 @@ def latent_loss(features: Tensor, labels: Tensor, heads: Heads, losses: LossConf
         features: f, (B, D).
         labels: identity of each, int64 (B,).
         heads: those of f; their running statistics do not see the moved features.
+        losses: margin and label smoothing.
+        config: how far to move, and in which direction.
     """
-    moved = metric_perturb(features, labels, epsilon=config.epsilon, epsilon_mode="relative", steps=config.steps)
+    if config.direction == "random":
+        moved = randomly_moved(features, config.epsilon)
+    else:
+        moved = metric_perturb(features, labels, epsilon=config.epsilon, epsilon_mode="relative", steps=config.steps)
     logits = heads(moved, RELEVANT, track=False)
     return triplet_loss(moved, labels, margin=losses.margin) + _identity(logits, labels, losses)
+
+
+def randomly_moved(features: Tensor, epsilon: float) -> Tensor:
+    """Features (B, D), each moved in a direction drawn uniformly by `epsilon` times its norm; gradients pass through.
+
+    The control for `metric_perturb`: the same ball, all of its radius, and nothing known about identities.
+    """
+    with torch.no_grad():
+        x = features.float()
+        noise = torch.randn_like(x)
+        change = noise * (epsilon * x.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True))
+    return features + change.to(features.dtype)
 
 
 def _triplet(x: Tensor, labels: Tensor, pairs: Pair, config: LossConfig, *, reverse: bool = False) -> Tensor:
@@ -73,7 +90,8 @@ def _triplet(x: Tensor, labels: Tensor, pairs: Pair, config: LossConfig, *, reve
 
 
 def _identity(logits: Tensor, labels: Tensor, config: LossConfig) -> Tensor:
-    return cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing, ignore_index=_IGNORED)
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))  # at least
+    return cross_entropy(precise, labels, label_smoothing=config.label_smoothing, ignore_index=_IGNORED)
 
 
 def _irrelevant_pairs(x: Tensor, labels: Tensor, shared: Pair, triplets: str) -> Pair:

@@ -21,6 +21,7 @@ from apd.run import GENERATOR, save_tensors
 from apd.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
 from apd.training.engine import CheckpointClock, LossGuard, seed_step
 from apd.training.log import StageLog
+from apd.training.monitors import camera_distance, flipped_share, sample_grid, sample_images
 from apd.training.sources import Sources
 
 STAGE = "mpg"
@@ -91,26 +92,6 @@ def deep_features(trunk: Trunk, store: ImageStore, batch_size: int, workers: int
     return torch.cat([trunk(images.to(device)).deep for images in images_in_order(store, batch_size, workers)])
 
 
-@torch.no_grad()
-def flipped_share(made: Tensor, batch: Tensor, bank: Tensor, labels: Tensor) -> Tensor:
-    """Of the originals whose nearest other image has their identity, the share whose G(x) is nearest to another one.
-
-    Args:
-        made: ψ(G(x)), (B, D).
-        batch: rows of the originals in the bank, int64 (B,).
-        bank: ψ of all images, (N, D).
-        labels: their identities, int64 (N,).
-    """
-
-    def right(x: Tensor) -> Tensor:
-        distances = torch.cdist(x, bank)
-        distances.scatter_(1, batch[:, None], torch.inf)  # the original itself
-        return labels[distances.argmin(1)] == labels[batch]
-
-    before, after = right(bank[batch]), right(made)
-    return (before & ~after).sum() / before.sum().clamp(min=1)
-
-
 def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device: str) -> float:
     """Train, or go on training, and write the generator to the run.
 
@@ -153,6 +134,8 @@ def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device:
     trunk = trunk.to(on)
     bank = deep_features(trunk, store, options.batch_size, config.data.workers, on)
     labels = torch.from_numpy(sources.labels).to(on)
+    apart = camera_distance(trunk, store, sources, batch_size=options.batch_size, seed=config.seed, device=on)
+    samples = sample_images(store).to(on)
     batches = training_batches(
         store,
         sampler,
@@ -207,11 +190,15 @@ def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device:
                 "loss_c": losses.content,
                 "loss_s": losses.consistency,
             }
+            if apart:
+                values["content"] = losses.content / apart
             facts = {"epoch": step / sampler.steps_per_epoch, "lr": options.lr}
             if log.due(step):
                 guard.settle()
                 facts["flipped"] = float(flipped_share(deep.detach(), indices[: options.batch_size], bank, labels))
             log.step(step, values, **facts)
+            if step % options.sample_steps == 0 or step == options.steps:
+                log.picture(step, "originals above what G makes of them", sample_grid(generator, samples))
             clock.tick(step)
         guard.settle()
     save_tensors(run / GENERATOR, generator)

@@ -19,6 +19,7 @@ class Sources:
     paths: tuple[Path, ...]
     labels: np.ndarray  # int64 (N,), 0 … identities − 1
     domains: np.ndarray  # int64 (N,), place of the domain in the list of sources
+    cameras: np.ndarray  # int64 (N,), as the domain numbers them
     identities: int
     originals: int  # images of an epoch: a run with synthesized images takes as many steps as one without
 
@@ -41,6 +42,7 @@ class Sources:
             paths=(*self.paths, *paths),
             labels=np.tile(self.labels, 2),
             domains=np.tile(self.domains, 2),
+            cameras=np.tile(self.cameras, 2),
         )
 
 
@@ -61,6 +63,7 @@ def gather_sources(folders: Sequence[Sequence[Sample]], held_out: int, seed: int
     paths: list[Path] = []
     labels: list[int] = []
     domains: list[int] = []
+    cameras: list[int] = []
     kept: list[list[Sample]] = []
     identities = 0
     for domain, samples in enumerate(folders):
@@ -72,7 +75,9 @@ def gather_sources(folders: Sequence[Sequence[Sample]], held_out: int, seed: int
         paths += [sample.path for sample in train]
         labels += [numbers[sample.pid] for sample in train]
         domains += [domain] * len(train)
-    return Sources(tuple(paths), np.array(labels, np.int64), np.array(domains, np.int64), identities, len(paths)), kept
+        cameras += [sample.camid for sample in train]
+    columns = [np.array(values, np.int64) for values in (labels, domains, cameras)]
+    return Sources(tuple(paths), columns[0], columns[1], columns[2], identities, len(paths)), kept
 
 
 def _drawn(samples: Sequence[Sample], count: int, random: np.random.Generator) -> set[int]:

@@ -14,14 +14,14 @@ from typing import Any
 import timm
 import torch
 
-from apd.config import Config
+from apd.config import PRETRAINED, Config
 from apd.config_files import save_config
 from apd.data.datasets import DataSpec, domains, read_source
 from apd.data.market import ReidFolder, Sample, count_samples
 from apd.display import console, count
 from apd.errors import DataWarning, InputError
 from apd.models.spnet import build_spnet
-from apd.models.trunk import TransformerTrunk, Trunk, build_trunk, resolve_trunk
+from apd.models.trunk import BaselineTrunk, Trunk, build_trunk, resolve_trunk
 from apd.run import CONFIG, GENERATOR, INFO, WEIGHTS, Run, update_info
 from apd.synthesis import synthesize, synthesized_folders
 from apd.training.engine import check_precision
@@ -152,7 +152,7 @@ def make_trunk(run: Run, device: str) -> Trunk:
             f"mpg.trunk_weights: {baseline.path}: expected a baseline (model.ssd none) of {run.size[0]}×{run.size[1]} "
             f"images, got model.ssd {baseline.config.model.ssd}, {baseline.size[0]}×{baseline.size[1]}"
         )
-    return TransformerTrunk(baseline.load_network(), "self: the baseline, trained on the sources")
+    return BaselineTrunk(baseline.load_network(), "self: the baseline, trained on the sources")
 
 
 def _with_absolute_paths(config: Config) -> Config:
@@ -160,7 +160,7 @@ def _with_absolute_paths(config: Config) -> Config:
     mpg, model = config.mpg, config.model
     if mpg.trunk_weights is not None:
         mpg = replace(mpg, trunk_weights=str(Path(mpg.trunk_weights).absolute()))
-    if model.pretrained not in ("timm", "none"):
+    if model.pretrained not in PRETRAINED:
         model = replace(model, pretrained=str(Path(model.pretrained).absolute()))
     return replace(config, mpg=mpg, model=model)
 
