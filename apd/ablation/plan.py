@@ -16,7 +16,7 @@ from apd.target_tests import RULES, Rule
 
 # Rows, targets and brackets give names to folders and files.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
-_KEYS = ("title", "note", "config", "seeds", "rows", "compare", "targets", "brackets")
+_KEYS = ("title", "note", "config", "values", "seeds", "rows", "compare", "targets", "brackets")
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Plan:
     title: str
     note: str | None  # how the table is to be read
     base: str  # configuration file or name
+    values: tuple[str, ...]  # KEY=VALUE of all rows, on top of it
     rows: Mapping[str, Row]
     controls: Mapping[str, tuple[str, ...]]  # of a row: it is compared with the better of them
     targets: Mapping[str, Rule]
@@ -69,7 +70,7 @@ class Plan:
             InputError: a value is refused, or contradicts what the row says; the message names the row.
         """
         try:
-            config = load_config(self.base, [*row.values, f"seed={seed}"])
+            config = load_config(self.base, [*self.values, *row.values, f"seed={seed}"])
         except InputError as error:
             raise InputError(f"{self.path}: rows.{row.name}: {error}") from error
         if row.times != 1:
@@ -136,6 +137,7 @@ def _plan(path: Path, content: Mapping[str, Any]) -> Plan:
         title=_text(content.get("title", path.stem), "title"),
         note=None if content.get("note") is None else _text(content["note"], "note"),
         base=_base(path, _text(content["config"], "config")),
+        values=_values(content.get("values", []), "values"),
         rows=rows,
         controls=controls,
         targets={name: _rule(name, value) for name, value in _section(content, "targets").items()},
@@ -154,15 +156,10 @@ def _row(name: str, value: Any, seeds: tuple[int, ...]) -> Row:
     if isinstance(value, list):
         value = {"values": value}
     given = _options(Row, value, where)
-    if not all(isinstance(text, str) for text in given.get("values", ())):
-        raise InputError(f"{where}.values: expected texts KEY=VALUE")
-    for text in given.get("values", ()):
-        if text.partition("=")[0].strip() == "seed":
-            raise InputError(f"{where}.values: seed: belongs into seeds")
     times = given.get("times", 1)
     if type(times) not in (int, float) or not 0 < times < math.inf:
         raise InputError(f"{where}.times: expected a number more than 0, got {described(times)}")
-    given["values"] = tuple(given.get("values", ()))
+    given["values"] = _values(given.get("values", []), f"{where}.values")
     given["seeds"] = _seeds(given["seeds"], f"{where}.seeds") if "seeds" in given else seeds
     return Row(**{"title": name, **given, "name": name})
 
@@ -236,6 +233,14 @@ def _section(content: Mapping[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(value, dict) or (not value and key in ("rows", "targets")):
         raise InputError(f"{key}: expected a section with keys of its own, got {described(content.get(key))}")
     return {str(name): inner for name, inner in value.items()}
+
+
+def _values(value: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise InputError(f"{where}: expected a list of texts KEY=VALUE, got {described(value)}")
+    if any(text.partition("=")[0].strip() == "seed" for text in value):
+        raise InputError(f"{where}: seed: belongs into seeds")
+    return tuple(value)
 
 
 def _seeds(value: Any, where: str) -> tuple[int, ...]:
