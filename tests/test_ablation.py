@@ -307,7 +307,8 @@ def test_one_failing_run_stops_no_other(whole: str, place: Path) -> None:
     runs = place / "failing/runs"
     for broken in ("spnet/0", "apd/1"):
         (runs / broken / "best.safetensors").write_bytes(b"cut off")
-    shutil.rmtree(runs / "baseline/0")
+    for missing in ("baseline/0", "synthesized/1"):
+        shutil.rmtree(runs / missing)
     printed = run(*command(place, output="failing"), code=1)
     assert "Error: spnet/0: " in printed
     assert "best.safetensors: not a .safetensors file" in " ".join(printed.split())

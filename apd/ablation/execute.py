@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -148,10 +148,10 @@ class Ablation:
         return line if line is not None and line["config"] == job.digest() and self._has_tests(line) else None
 
     def _finish(self, job: Job, first: Mapping[str, Future[None]], threads: int) -> None:
-        for name, future in first.items():
-            if _failure(future):
-                raise InputError(f"needs {name}, which failed")
         if not job.finished():
+            for name, future in first.items():
+                if _failure(future):
+                    raise InputError(f"needs {name}, which failed")
             self._train(job, threads)
         with self._testing:
             self._test_run(job)
@@ -203,23 +203,21 @@ class Ablation:
         if bracket.features is not None and self._features is None:
             console.print(f"note: {bracket.title}: left out; --features names the folder of its files", soft_wrap=True)
             return
-        line: dict[str, Any] = {"row": bracket.name, "seed": None, "bracket": asdict(bracket)}
-        rows: dict[str, FeatureSet] = {}
+        weights, described = self._describer(bracket)
+        line = {"row": bracket.name, "seed": None, "bracket": asdict(bracket), "weights": weights}
+        if not self._is_known(line):
+            self._add(line, {name: target.test(described(target)) for name, target in self.targets.items()})
+
+    def _describer(self, bracket: Bracket) -> tuple[str, Callable[[Target], FeatureSet]]:
+        """What names a bracket's network or features, and its descriptors of a target."""
         if bracket.model is not None:
             extractor = load_extractor(bracket.model, self.device, size=bracket.size, flip_test=bracket.flip_test)
-            line["weights"] = extractor.fingerprint[:16]
-            if self._is_known(line):
-                return
-            rows = {name: target.describe(extractor) for name, target in self.targets.items()}
-        else:
-            assert bracket.features is not None
-            assert self._features is not None
-            for name, target in self.targets.items():
-                rows[name] = target.arranged(load_features(self._features / bracket.features.format(target=name)))
-            line["weights"] = _digest(rows)
-            if self._is_known(line):
-                return
-        self._add(line, {name: target.test(rows[name]) for name, target in self.targets.items()})
+            return extractor.fingerprint[:16], lambda target: target.describe(extractor)
+        assert bracket.features is not None
+        assert self._features is not None
+        files = {name: self._features / bracket.features.replace("{target}", name) for name in self.targets}
+        rows = {name: self.targets[name].arranged(load_features(file)) for name, file in files.items()}
+        return _digest(rows), lambda target: rows[target.name]
 
     def _is_known(self, line: Mapping[str, Any]) -> bool:
         """Whether the last result of the run says the same of it, and is of the same tests."""
