@@ -210,7 +210,7 @@ def print_table(table: ReportTable) -> None:
         shown.add_column(heading, justify="right" if i and table.numbers else "left")
     for i, row in enumerate(table.rows):
         shown.add_row(*row, style="bold" if i == table.strong else None)
-    console.print(shown)
+    Console(width=max(console.width, 200)).print(shown)  # a pipe must get each row in one line
     console.print()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from apd.comparison import retrieve
+from apd.comparison import Chance, chance, retrieve
 from apd.data.market import FOLDERS, ReidFolder, read_market
 from apd.data.splits import Split, camera_draws, two_camera_splits, write_splits
 from apd.errors import InputError
@@ -126,6 +126,12 @@ class Target:
     def write(self, path: Path) -> None:
         """Write the lists of the splits, as `apd.data.splits.write_splits`."""
         write_splits(path, self.splits, self.names)
+
+    def chance(self) -> Chance:
+        """What random rankings reach on average, over the splits."""
+        rows = _labels(self.folder)
+        found = [chance(_rows(rows, one.query, "query"), _rows(rows, one.gallery, "gallery")) for one in self.splits]
+        return Chance(*np.mean(found, axis=0).tolist())
 
     def describe(self, extractor: Extractor) -> FeatureSet:
         """The descriptors of all images."""

@@ -167,6 +167,7 @@ def test_table(whole: str, place: Path) -> None:
     assert table.startswith("Drawn: 7 of 7 runs. **Mechanics, not evidence.** ")
     assert "**unseen: 3 random splits of 4 identities × both directions, seed 0**" in table
     assert "| foreign | – | – | 100.0 | 100.0 | 100.0 | 100.0 | – |" in table
+    assert "| chance | – | – | 25.0 | – | – |" in table  # in the other camera 2 of 8 images are right
     assert "+ trunk of baseline, generator of apd |" in table
     written = (place / "table.md").read_text()
     assert written == f"before\n<!-- rows: begin -->\n{table.rstrip()}\n<!-- rows: end -->\nafter\n"

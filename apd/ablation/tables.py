@@ -70,6 +70,9 @@ def _figures(found: _Found, target: str) -> Table:
     for name, line in found.brackets.items():
         cells = [f"{100 * line['tests'][target][figure]:.1f}" for figure in FIGURES]
         rows.append((found.plan.brackets[name].title, "–", "–", *cells, "–"))
+    chance = found.ablation.targets[target].chance()._asdict()
+    cells = [f"{100 * chance[name]:.1f}" if (name := figure.replace("-", "")) in chance else "–" for figure in FIGURES]
+    rows.append(("chance", "–", "–", *cells, "–"))
     return Table(("row", "seeds", "steps", *FIGURES, "minutes"), rows)
 
 
