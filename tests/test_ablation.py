@@ -326,4 +326,4 @@ def test_wrong_commands(place: Path) -> None:
     assert "table2.md: no such file" in error(*base, *unseen, *other, "--into", place / "table2.md")
     write_text(place / "plain.md", "nothing")
     assert "expected the markers <!-- rows: begin -->" in error(*base, *unseen, *other, "--into", place / "plain.md")
-    assert "the ablations shipped are ablation, ablation-cpu" in error("ablate", "nothing", *base[2:], *unseen, *other)
+    assert "the ablations shipped are ablation-cpu, ablation" in error("ablate", "nothing", *base[2:], *unseen, *other)
