@@ -13,7 +13,7 @@ from apd.comparison import Chance, chance, retrieve
 from apd.data.market import FOLDERS, ReidFolder, read_market
 from apd.data.splits import Split, camera_draws, two_camera_splits, write_splits
 from apd.errors import InputError
-from apd.evaluation import RANKS, evaluate
+from apd.evaluation import RANKS, Conventions, evaluate
 from apd.extraction import Extractor, extract_folder
 from apd.features import SPLITS, FeatureSet
 from apd.files import replacing
@@ -160,7 +160,7 @@ class Target:
         found, figures = [], []
         for split in self.splits:
             query, gallery = _rows(rows, split.query, "query"), _rows(rows, split.gallery, "gallery")
-            result = evaluate(query, gallery)
+            result = evaluate(query, gallery, Conventions())
             figures.append([*(result.cmc[k] for k in RANKS), result.mAP])
             found.append(retrieve(query, gallery))
         return Tested(
