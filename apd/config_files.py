@@ -28,6 +28,7 @@ _SCALARS = (
         list("-+.0123456789"),
     ),
 )
+_ABLATION = "ablation"  # begins the names of files that are no configuration, but an ablation
 
 
 class _Loader(yaml.SafeLoader):
@@ -54,7 +55,17 @@ for _tag, _pattern, _first in _SCALARS:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """The configurations that come with the package, by name: a clone's ``configs/``, packed as ``apd/configs/``."""
+    """The configurations that come with the package, by name."""
+    return {name: path for name, path in _shipped().items() if not name.startswith(_ABLATION)}
+
+
+def shipped_ablations() -> dict[str, Path]:
+    """The ablations that come with the package, by name; see `apd.ablation.plan`."""
+    return {name: path for name, path in _shipped().items() if name.startswith(_ABLATION)}
+
+
+def _shipped() -> dict[str, Path]:
+    """A clone's ``configs/``, packed as ``apd/configs/``."""
     package = Path(__file__).parent
     folder = package / "configs"
     if not folder.is_dir():
@@ -106,7 +117,7 @@ def _find(file: Path | str) -> Path:
 
 
 def _read(path: Path) -> Iterator[tuple[str, Any]]:
-    for name, value in _mapping(path).items():
+    for name, value in read_mapping(path).items():
         if name in SECTIONS:
             if value is not None and not isinstance(value, dict):  # None: all of its keys are commented out
                 raise InputError(f"{path}: {name}: expected a section with keys of its own, got {described(value)}")
@@ -119,7 +130,12 @@ def _read(path: Path) -> Iterator[tuple[str, Any]]:
             yield _known(str(name), f"{path}: "), value
 
 
-def _mapping(path: Path) -> dict[Any, Any]:
+def read_mapping(path: Path) -> dict[Any, Any]:
+    """The keys and values of a YAML file.
+
+    Raises:
+        InputError: it is missing, or not such a file, or gives a key twice.
+    """
     try:
         content = yaml.load(path.read_bytes(), _Loader)  # a SafeLoader: makes plain values only
     except FileNotFoundError:

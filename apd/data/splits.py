@@ -120,8 +120,9 @@ def image_pair_splits(pids: np.ndarray, *, identities: int, repeats: int = 10, s
 def camera_draws(pids: np.ndarray, camids: np.ndarray, *, repeats: int = 10, seed: int = 0) -> list[Split]:
     """All identities: one image of each in each camera asks, drawn at random, and all other images answer.
 
-    Identities that one camera saw, and distractors (identity 0), do not ask, but are in every gallery. Split r depends
-    on the seed and r alone.
+    Identities that one camera saw, and distractors (identity 0), do not ask, but are in every gallery. A query whose
+    identity has no further image in another camera has no answer; evaluations leave it out. Split r depends on the seed
+    and r alone.
 
     Args:
         pids, camids: identity and camera of N images, integers (N,); junk (identity −1) is left out.
