@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -88,6 +89,53 @@ def rank_metrics(
         valid = match.any(1)
         precisions[-1], firsts[-1] = precisions[-1][valid], firsts[-1][valid]
     return torch.stack([torch.cat(precisions).mean(), torch.cat(firsts).float().mean()])
+
+
+def rank_metrics_in_a_loop(
+    query: Tensor, gallery: Tensor, query_ids: Tensor, gallery_ids: Tensor, query_cams: Tensor, gallery_cams: Tensor
+) -> Tensor:
+    """The same as most code bases do it: the whole matrix, NumPy's argsort, and a Python loop over queries."""
+    distances = (1 - F.normalize(query) @ F.normalize(gallery).t()).numpy()
+    order = np.argsort(distances, axis=1)
+    ids, cams = gallery_ids.numpy(), gallery_cams.numpy()
+    precisions, firsts = [], []
+    for ranked, pid, cam in zip(order, query_ids.numpy(), query_cams.numpy(), strict=True):
+        match = ids[ranked] == pid
+        match = match[~(match & (cams[ranked] == cam))]
+        if match.any():
+            places = np.flatnonzero(match)
+            precisions.append(np.mean(np.arange(1, len(places) + 1) / (places + 1)))
+            firsts.append(match[0])
+    return torch.tensor([np.mean(precisions), np.mean(firsts)])
+
+
+def k_reciprocal_rerank(query: Tensor, gallery: Tensor, k1: int = 20, k2: int = 6, lambda_value: float = 0.3) -> Tensor:
+    """Re-ranked distances with N×N matrices and a Python loop over images, as the published code has it."""
+    rows = torch.cat([query, gallery])
+    squares = torch.cdist(rows, rows).square()
+    own = squares / squares.amax(1, keepdim=True)
+    order = squares.argsort(1, stable=True)[:, : k1 + 1]
+    half = round(k1 / 2) + 1
+    encodings = torch.zeros_like(own)
+
+    def mutual(i: int, length: int) -> Tensor:
+        forward = order[i, :length]
+        return forward[(order[forward, :length] == i).any(1)]
+
+    halves = [mutual(i, half) for i in range(len(rows))]
+    for i in range(len(rows)):
+        first = mutual(i, k1 + 1)
+        others = [halves[j] for j in first.tolist()]
+        added = [other for other in others if torch.isin(other, first).sum() > 2 / 3 * len(other)]
+        columns = torch.cat([first, *added]).unique()
+        encodings[i, columns] = torch.softmax(-own[i, columns], 0)
+    if k2 > 1:
+        encodings = torch.stack([encodings[near].mean(0) for near in order[:, :k2]])
+    final = torch.empty(len(query), len(gallery), dtype=own.dtype, device=own.device)
+    for i in range(len(query)):
+        shared = torch.minimum(encodings[i], encodings[len(query) :]).sum(1)
+        final[i] = (1 - lambda_value) * (1 - shared / (2 - shared)) + lambda_value * own[i, len(query) :]
+    return final
 
 
 def circle_loss(

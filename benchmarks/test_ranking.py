@@ -4,41 +4,68 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from apd_kernels import rank_metrics
 from benchmarks import eager
 from benchmarks.workload import DEVICE, ON_GPU, identities
 
-# Market-1501's size on a GPU, a sixth of it on a CPU; three kinds of features, from separable to hard.
-QUERIES, GALLERY, DIMENSION, PEOPLE = (3368, 19732, 2048, 751) if ON_GPU else (560, 3288, 512, 125)
+# Queries, gallery images, dimension, people.
+MARKET = (3368, 19732, 2048, 751)
+SIZES = {
+    "a sixth of Market-1501": (560, 3288, 512, 125),
+    "Market-1501": MARKET,
+    "MSMT17": (11659, 82161, 2048, 3060),
+    "Market-1501 + 500k distractors": MARKET,
+}
+DISTRACTORS = {"Market-1501 + 500k distractors": 500_000}
+HERE = list(SIZES)[1:] if ON_GPU else list(SIZES)[:2]
+SPREADS = [0.5, 1.0, 1.45]  # features from separable to hard: mAP near 1, 0.8, 0.2 at the small size
 
 
-def _features(spread: float) -> tuple[torch.Tensor, ...]:
-    """Identity structure in 64 dimensions, as real features have it; spread 0.5, 1.0, 1.45: mAP near 1, 0.8, 0.2."""
-    each = (QUERIES + GALLERY) // PEOPLE
-    low, ids = identities(PEOPLE, each, 64, spread)
-    order = torch.randperm(len(ids), device=DEVICE)
-    rows = (low @ torch.randn(64, DIMENSION, device=DEVICE))[order].contiguous()
-    ids, cams = ids[order], torch.randint(0, 6, (len(ids),), device=DEVICE)
-    return rows[:QUERIES], rows[QUERIES:], ids[:QUERIES], ids[QUERIES:], cams[:QUERIES], cams[QUERIES:]
+def _features(size: str, spread: float) -> tuple[torch.Tensor, ...]:
+    """Identity structure in 64 dimensions, as real features have it; distractors are spread as the centres are."""
+    queries, gallery, dimension, people = SIZES[size]
+    low, ids = identities(people, -(-(queries + gallery) // people), 64, spread)
+    order = torch.randperm(len(ids), device=DEVICE)[: queries + gallery]
+    low, ids = low[order], ids[order]
+    if size in DISTRACTORS:
+        others = torch.randn(DISTRACTORS[size], 64, device=DEVICE) * (1 + spread**2) ** 0.5
+        low, ids = torch.cat([low, others]), torch.cat([ids, ids.new_full((len(others),), people)])
+    rows = low @ torch.randn(64, dimension, device=DEVICE)
+    cams = torch.randint(0, 6, (len(ids),), device=DEVICE)
+    return rows[:queries], rows[queries:], ids[:queries], ids[queries:], cams[:queries], cams[queries:]
 
 
-@pytest.mark.parametrize("spread", [0.5, 1.0, 1.45])
-@pytest.mark.parametrize("candidate", ["ours", "eager"])
-def test_rank_metrics(measure: Callable[..., None], candidate: str, spread: float) -> None:
-    inputs = _features(spread)
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("size", HERE)
+@pytest.mark.parametrize("candidate", ["ours", "eager", "numpy loop", "floor"])
+def test_rank_metrics(measure: Callable[..., None], candidate: str, size: str, spread: float) -> None:
+    """From features to mAP and rank-1; the floor is the product of the normalized rows."""
+    if candidate == "numpy loop" and ON_GPU:
+        pytest.skip("the loop over queries is what CPUs run")
+    inputs = _features(size, spread)
+    query, gallery = inputs[:2]
+    unit, unit_gallery = (F.normalize(query), F.normalize(gallery)) if candidate == "floor" else (query, gallery)
 
     def ours() -> torch.Tensor:
         result = rank_metrics(*inputs, metric="cosine", precision="fp32")
-        return torch.stack([torch.tensor(result.mAP), result.cmc[0]])
+        return torch.stack([torch.tensor(result.mAP), result.cmc[0].cpu()])
 
-    def matrix() -> torch.Tensor:
-        return eager.rank_metrics(*inputs)
+    def floor() -> torch.Tensor:
+        for rows in unit.split(1024):  # a block at a time, as none needs them all
+            product = rows @ unit_gallery.t()
+        return product
 
-    expected = eager.rank_metrics(inputs[0].double(), inputs[1].double(), *inputs[2:])
+    expected = eager.rank_metrics(query.double(), gallery.double(), *inputs[2:])
     measure(
-        ours if candidate == "ours" else matrix,
-        title=f"rank_metrics {QUERIES}x{len(inputs[1])}x{DIMENSION}, mAP {expected[0]:.2f}",
+        {
+            "ours": ours,
+            "eager": lambda: eager.rank_metrics(*inputs),
+            "numpy loop": lambda: eager.rank_metrics_in_a_loop(*inputs),
+            "floor": floor,
+        }[candidate],
+        title=f"rank_metrics, {size}: {len(query)}x{len(gallery)}x{query.shape[1]}, mAP {expected[0]:.2f}",
         candidate=candidate,
         expected=(expected.cpu() if candidate == "ours" else expected,),
         tolerance=1e-4,

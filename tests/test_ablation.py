@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -248,7 +249,9 @@ def test_killed_in_the_middle(whole: str, place: Path) -> None:
     text = text.replace("{spnet: [baseline, longer], apd: spnet}", "{}")
     write_text(place / "slow.yaml", text)
     program = [sys.executable, "-m", "apd.cli", *map(str, command(place, file="slow.yaml", output="killed"))]
-    process = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    # As many threads as the calls that follow: another number adds in another order.
+    process = subprocess.Popen(program, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet)
     last = place / "killed/runs/baseline/0/last"
     deadline = time.monotonic() + 300
     while not (last.is_dir() and list(last.glob("sp-*.pt"))) and time.monotonic() < deadline:
