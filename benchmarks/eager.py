@@ -114,7 +114,7 @@ def k_reciprocal_rerank(query: Tensor, gallery: Tensor, k1: int = 20, k2: int = 
     rows = torch.cat([query, gallery])
     squares = torch.cdist(rows, rows).square()
     own = squares / squares.amax(1, keepdim=True)
-    order = squares.argsort(1, stable=True)[:, : k1 + 1]
+    order = squares.argsort(dim=1, stable=True)[:, : k1 + 1]
     half = round(k1 / 2) + 1
     encodings = torch.zeros_like(own)
 
