@@ -95,3 +95,12 @@ def real_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("APD_TEST_DATA does not name the folder with real Re-ID data")
     return Path(folder)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tiny networks: more threads wait for one another, and sums in another order are other bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +35,8 @@ from apd.hard_testing import (
     run_hard_test,
 )
 from apd.models.trunk import Trunk, TrunkFeatures
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BASELINE = ("perturbation=none", "model.ssd=none")
 # A generator that has moved away from G(x) = x in few steps.
@@ -132,15 +133,6 @@ def test_a_control_that_falls_short_is_named() -> None:
     noise, *others = result.rows[2:]
     result = replace(result, rows=(*result.rows[:2], replace(noise, distance=0.19), *others))
     assert result.weaker_controls == ["noise"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The networks are tiny: more threads wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

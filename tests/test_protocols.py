@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("scipy")
 pytest.importorskip("timm")
@@ -24,20 +22,14 @@ from apd.features import FeatureSet
 from apd.protocols import AVERAGE, PROTOCOLS, locate, protocol_named
 from apd.run import Run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = (
     *("perturbation=none", "model.ssd=none", "data.height=32", "data.width=16", "data.pad=2", "data.workers=0"),
     *("model.backbone=vit_tiny_patch16_224", "model.pretrained=none", "model.patch_size=8", "model.embed_dim=24"),
     *("model.depth=1", "model.heads=2", "train.batch_size=4", "train.instances=2", "train.steps=2"),
     *("train.optimizer=adamw", "train.lr=0.0005", "train.warmup_epochs=1", "train.bias_lr=1", "log_steps=2"),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
