@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +27,8 @@ from apd.training.losses import spnet_losses
 from apd.training.step import TrainingStep
 from apd.training.train import start_run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # SGD, whose steps follow the gradient's size: AdamW turns rounding into steps. What is drawn for an image's place among
 # those of its process or part would not be that of one process.
 PLAIN = ("train.optimizer=sgd", "train.lr=0.05", "model.drop_path=0", "log_steps=1", "perturbation=none")
@@ -47,15 +48,6 @@ def on_two_processes(folder: Path, sources: list[Path], runs: dict[str, list[str
     arguments = [str(folder), json.dumps([str(path) for path in sources]), json.dumps(runs)]
     ended = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums in another order are other bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
