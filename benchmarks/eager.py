@@ -109,33 +109,49 @@ def rank_metrics_in_a_loop(
     return torch.tensor([np.mean(precisions), np.mean(firsts)])
 
 
-def k_reciprocal_rerank(query: Tensor, gallery: Tensor, k1: int = 20, k2: int = 6, lambda_value: float = 0.3) -> Tensor:
-    """Re-ranked distances with N×N matrices and a Python loop over images, as the published code has it."""
-    rows = torch.cat([query, gallery])
-    squares = torch.cdist(rows, rows).square()
-    own = squares / squares.amax(1, keepdim=True)
-    order = squares.argsort(dim=1, stable=True)[:, : k1 + 1]
-    half = round(k1 / 2) + 1
-    encodings = torch.zeros_like(own)
+def _encodings(weighted: Tensor, order: Tensor, k: int, half: int, k2: int) -> Tensor:
+    """One dense row an image: the softmax of what is `weighted` over its k-reciprocal neighbours, then k2 averaged."""
+    encodings = torch.zeros_like(weighted)
 
     def mutual(i: int, length: int) -> Tensor:
         forward = order[i, :length]
         return forward[(order[forward, :length] == i).any(1)]
 
-    halves = [mutual(i, half) for i in range(len(rows))]
-    for i in range(len(rows)):
-        first = mutual(i, k1 + 1)
+    halves = [mutual(i, half) for i in range(len(weighted))]
+    for i in range(len(weighted)):
+        first = mutual(i, k)
         others = [halves[j] for j in first.tolist()]
         added = [other for other in others if torch.isin(other, first).sum() > 2 / 3 * len(other)]
         columns = torch.cat([first, *added]).unique()
-        encodings[i, columns] = torch.softmax(-own[i, columns], 0)
-    if k2 > 1:
-        encodings = torch.stack([encodings[near].mean(0) for near in order[:, :k2]])
-    final = torch.empty(len(query), len(gallery), dtype=own.dtype, device=own.device)
-    for i in range(len(query)):
-        shared = torch.minimum(encodings[i], encodings[len(query) :]).sum(1)
-        final[i] = (1 - lambda_value) * (1 - shared / (2 - shared)) + lambda_value * own[i, len(query) :]
+        encodings[i, columns] = torch.softmax(-weighted[i, columns], 0)
+    return torch.stack([encodings[near].mean(0) for near in order[:, :k2]]) if k2 > 1 else encodings
+
+
+def _jaccard(row: Tensor, encodings: Tensor) -> Tensor:
+    columns = row.nonzero()[:, 0]  # a few dozen of N
+    shared = torch.minimum(row[columns], encodings[:, columns]).sum(1)
+    return 1 - shared / (2 - shared)
+
+
+def k_reciprocal_rerank(query: Tensor, gallery: Tensor, k1: int = 20, k2: int = 6, lambda_value: float = 0.3) -> Tensor:
+    """Re-ranked distances with N×N matrices and a Python loop over images, as the published code has it."""
+    rows, queries = torch.cat([query, gallery]), len(query)
+    squares = torch.cdist(rows, rows).square()
+    own = squares / squares.amax(1, keepdim=True)
+    order = squares.argsort(dim=1, stable=True)[:, : k1 + 1]
+    encodings = _encodings(own, order, k1 + 1, round(k1 / 2) + 1, k2)
+    final = torch.empty(queries, len(gallery), dtype=own.dtype, device=own.device)
+    for i in range(queries):
+        final[i] = (1 - lambda_value) * _jaccard(encodings[i], encodings[queries:]) + lambda_value * own[i, queries:]
     return final
+
+
+def jaccard_distance(rows: Tensor, k1: int = 20, k2: int = 6) -> Tensor:
+    """Jaccard distances with N×N matrices and Python loops over images, as code for pseudo-labels has it."""
+    squares = torch.cdist(rows, rows).square()
+    order = squares.argsort(dim=1, stable=True)[:, :k1]
+    encodings = _encodings(squares, order, k1, round(k1 / 2) + 1, k2)
+    return torch.stack([_jaccard(row, encodings) for row in encodings])
 
 
 def circle_loss(
