@@ -56,7 +56,8 @@ class RankAccumulator:
         metric, ap, ties, max_rank, precision: as in `rank_metrics`. Euclidean rows are centred about the mean of the
             queries and scaled by their magnitude; gallery rows 10¹⁵ times as long are infinitely far.
         exclude: (Q,) int64, the number of each query's own image in the gallery, in the order in which the pieces are
-            added, or −1: it is not compared with itself. With several ranks the pieces of rank 0 come first.
+            added, or −1: it is not compared with itself. With several ranks the pieces of rank 0 come first. It has the
+            query's identity: an image of another, which `rank_metrics` refuses, is not left out.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or choice; features that are not finite.
@@ -233,6 +234,7 @@ class RankAccumulator:
         one of its positives. With it the numbers of the drawn images in the gallery, which it has to count."""
         self._leave_out(0)
         draw = copy(self)
+        gallery_ids = gallery_ids.long()
         order = self._image.argsort()
         order = order[self._row[order].argsort(stable=True)]  # the same draws from a gallery in other pieces
         pairs = order[_one_of_each(self._row[order], generator)]

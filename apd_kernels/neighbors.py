@@ -24,7 +24,7 @@ from apd_kernels._core.checks import (
     check_tensor,
 )
 from apd_kernels._core.compiler import outside_of_graphs
-from apd_kernels._core.evaluation_rows import half_squares, largest_of, scale_of, sorted_rows
+from apd_kernels._core.evaluation_rows import check_places, half_squares, largest_of, scale_of, sorted_rows
 from apd_kernels._core.operators import implementation_context, internal_dtype
 from apd_kernels._core.precision import resolve_precision
 from apd_kernels.prepared import METRICS, GalleryRows, PreparedRows, check_prepared
@@ -104,6 +104,8 @@ def knn(
     backend = resolve_backend(query)
     if query.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("knn: expected a call outside CUDA graph capture; its steps depend on the data")
+    if not isinstance(exclude_self, bool):
+        check_places("exclude_self", exclude_self.long(), gallery.shape[0])
     largest = largest_of("query", query)
     searched = _searched(query, gallery.shape[0], same, exclude_self, mask)
     rows = _gallery_rows(gallery, searched.rows, metric, backend)
@@ -216,7 +218,7 @@ def _searched(
         rows = mask.nonzero()[:, 0]
         if own is not None:
             kept = torch.where(mask, mask.cumsum(0) - 1, -1)
-            own = torch.where((own >= 0) & (own < images), kept[own.clamp(0, max(0, images - 1))], -1)
+            own = torch.where(own >= 0, kept[own.clamp(min=0)], -1) if images else own
         mask = None
     query_codes = gallery_codes = None
     if exclude_same is not None:

@@ -17,12 +17,12 @@ from apd_kernels._core.checks import check_floating, check_integers
 from apd_kernels._core.compiler import outside_of_graphs
 from apd_kernels._core.evaluation_rows import padded
 from apd_kernels._core.operators import internal_dtype
-from apd_kernels._core.ranks import RankMetrics, check_labels, check_options, metrics_of_blocks
+from apd_kernels._core.ranks import RankMetrics, check_labels, check_options, check_own, metrics_of_blocks
 from apd_kernels.accumulator import RankAccumulator, Shard
 
 __all__ = ["RankAccumulator", "RankMetrics", "rank_metrics", "rank_metrics_from_distances"]
 
-_BLOCK_ELEMENTS = 1 << 24  # of a distance matrix that are worked on at once
+_BLOCK_ELEMENTS = 1 << 24  # of a distance matrix that are worked on at once, by all threads together
 # Of the copy that is made of a gallery; a larger one is worked on in pieces, which are copied once in each pass.
 _PIECE_BYTES = 1 << 29
 
@@ -74,7 +74,7 @@ def rank_metrics(
         max_rank: length of the CMC; where fewer gallery images are left, it stays at its last value.
         precision: of float32 products on tensor cores, as in `pairwise_distance`.
         exclude: (Q,) int64, each query's own place in the gallery, or −1: a data set of one camera, searched in
-            itself.
+            itself. The image there is of the query's identity.
         single_shot: the CMC of CUHK03's first protocol, as torchreid and fast-reid take it: the mean over so many
             draws (they: 10) of one gallery image of each identity, of the query's own among those that are not
             removed. AP and INP are of all images. None: the CMC too.
@@ -110,7 +110,10 @@ def rank_metrics(
             raise TypeError(f"single_shot: expected an int, got {type(single_shot).__name__}")
         if single_shot < 1:
             raise ValueError(f"single_shot: expected at least 1, got {single_shot}")
+    _check_seed(seed)
     ranks.check(gallery, gallery_ids, gallery_cams)
+    if exclude is not None:
+        check_own(exclude, query_ids, gallery_ids)
 
     def shard(ranks: RankAccumulator, images: slice | Tensor) -> Shard:
         cams = None if gallery_cams is None else gallery_cams[images]
@@ -132,6 +135,13 @@ def rank_metrics(
         ranks.count_shard(whole or shard(ranks, piece))
     result = ranks.compute()
     return result._replace(cmc=torch.stack(draws).mean(0)) if draws else result
+
+
+def _check_seed(seed: int) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: expected an int, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: expected a number of 64 bits, got {seed}")
 
 
 def _piece_rows(gallery: Tensor) -> int:
@@ -186,10 +196,13 @@ def rank_metrics_from_distances(
     check_options(ap, ties, max_rank)
     if distances.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("rank_metrics: expected a call outside CUDA graph capture; its steps depend on the data")
+    if exclude is not None:
+        check_own(exclude, query_ids, gallery_ids)
     dtype = internal_dtype(distances)
+    at_once = 1 if distances.is_cuda else torch.get_num_threads()  # blocks
     return metrics_of_blocks(
         lambda rows: distances[rows].to(dtype),
-        max(1, _BLOCK_ELEMENTS // max(1, images)),
+        max(1, _BLOCK_ELEMENTS // at_once // max(1, images)),
         query_ids,
         gallery_ids,
         query_cams,

@@ -421,6 +421,7 @@ _WRONG: list[tuple[str, type[Exception], str, dict[str, Any]]] = [
     ("exclude_self", ValueError, "expected as many queries", {"exclude_self": True, "query": _X[:3]}),
     ("exclude_self", ValueError, r"expected shape \(4,\)", {"exclude_self": _IDS[1:]}),
     ("exclude_self", TypeError, "expected a torch.Tensor, got int", {"exclude_self": 1}),
+    ("exclude_self", ValueError, "expected rows of the gallery, .* got 4 for query 2", {"exclude_self": _IDS + 3}),
     ("mask", TypeError, "expected torch.bool, got torch.int64", {"mask": _IDS}),
     ("mask", TypeError, "expected a torch.Tensor, got list", {"mask": [True] * 4}),
     ("mask", ValueError, r"expected shape \(4,\) or \(3, 4\), got \(4, 4\)", {"mask": _X > 0, "query": _X[:3]}),

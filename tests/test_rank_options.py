@@ -135,7 +135,9 @@ def test_a_large_gallery_is_worked_on_in_pieces(monkeypatch: pytest.MonkeyPatch)
     query, gallery = (torch.randn(n, 48, generator=generator) for n in (70, 2000))
     gallery[1000:] = gallery[:1000]  # ties across pieces
     ids, cams = ([torch.randint(-1, n, (rows,), generator=generator) for rows in (70, 2000)] for n in (60, 3))
-    options: dict[str, Any] = {"single_shot": 3, "ties": "expected", "exclude": torch.arange(70)}
+    same = ids[0][:, None] == ids[1]
+    own = torch.where(same.any(1), same.int().argmax(1), -1)
+    options: dict[str, Any] = {"single_shot": 3, "ties": "expected", "exclude": own}
     wanted = rank_metrics(query, gallery, *ids, *cams, metric="euclidean", **options)
     monkeypatch.setattr(ranking, "_PIECE_BYTES", 100_000)
     copied: list[int] = []
@@ -151,6 +153,29 @@ def test_a_large_gallery_is_worked_on_in_pieces(monkeypatch: pytest.MonkeyPatch)
     broken = gallery.index_put((torch.tensor([1500]),), torch.tensor(math.nan))
     with pytest.raises(ValueError, match=r"gallery: expected finite features, .* in 1 rows: 1500"):
         rank_metrics(query, broken, *ids, *cams)
+
+
+def test_blocks_of_all_threads_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, gallery_ids = (torch.randint(0, 9, (n,), generator=torch.Generator().manual_seed(n)) for n in (64, 100))
+    matrix = torch.rand(64, 100, generator=torch.Generator().manual_seed(0))
+    wanted = rank_metrics_from_distances(matrix, ids, gallery_ids)
+    monkeypatch.setattr(ranking, "_BLOCK_ELEMENTS", 1600)
+    sizes: list[int] = []
+    in_blocks = ranking.metrics_of_blocks
+
+    def noted(distances_of: Any, size: int, *arguments: Any, **options: Any) -> Any:
+        sizes.append(size)
+        return in_blocks(distances_of, size, *arguments, **options)
+
+    monkeypatch.setattr(ranking, "metrics_of_blocks", noted)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            assert_same(rank_metrics_from_distances(matrix, ids, gallery_ids), wanted, 0)
+    finally:
+        torch.set_num_threads(before)
+    assert sizes == [16, 4]
 
 
 def test_passes_are_kept_apart() -> None:
@@ -233,7 +258,20 @@ def test_ties_at_zero_where_denormals_are_flushed() -> None:
         ({"ties": "random"}, ValueError, "ties: expected 'pessimistic'.* got 'random'"),
         ({"single_shot": 0}, ValueError, "single_shot: expected at least 1, got 0"),
         ({"single_shot": 1.5}, TypeError, "single_shot: expected an int, got float"),
+        ({"seed": 2.5}, TypeError, "seed: expected an int, got float"),
+        ({"seed": 2**70}, ValueError, "seed: expected .* of 64 bits, got 1180591620717411303424"),
         ({"exclude": torch.zeros(3).long()}, ValueError, r"exclude: expected shape \(4,\), got \(3,\)"),
+        (
+            {"exclude": torch.tensor([0, 1, 2, 4])},
+            ValueError,
+            "exclude: expected rows .*, 0 to 3, .* got 4",
+        ),
+        ({"exclude": torch.tensor([0, -2, 2, 3])}, ValueError, "exclude: expected rows .* got -2 for query 1"),
+        (
+            {"exclude": torch.tensor([0, 1, 1, 3])},
+            ValueError,
+            "exclude: .* image 1, of identity 0, for query 2, of 1",
+        ),
     ],
 )
 def test_wrong_options(change: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -256,6 +294,35 @@ def test_wrong_distances(change: dict[str, Any], error: type[Exception], message
     ids = torch.tensor([0, 0, 1, 1])
     with pytest.raises(error, match=message):
         rank_metrics_from_distances(**{"distances": torch.zeros(4, 4), "query_ids": ids, "gallery_ids": ids, **change})
+
+
+def test_an_image_of_another_identity_is_not_the_query_itself() -> None:
+    ids, other = torch.tensor([0, 0, 1, 1]), torch.tensor([1, 0, 1, 0])
+    with pytest.raises(ValueError, match=r"exclude: .* got image 0, of identity 1, for query 0, of 0"):
+        rank_metrics_from_distances(torch.zeros(4, 4), ids, other, exclude=torch.arange(4))
+    junk = torch.tensor([-1, 0, 1, 1])  # is left out anyway
+    own = torch.tensor([0, -1, -1, -1])
+    distances = torch.rand(4, 4, generator=torch.Generator().manual_seed(0))
+    found = rank_metrics_from_distances(distances, ids, junk, exclude=own)
+    assert_same(found, expected(distances, ids, junk))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_identities_of_every_integer_dtype(dtype: torch.dtype) -> None:
+    """255 is an identity, though it has the bits of −1 in eight of them."""
+    generator = torch.Generator().manual_seed(0)
+    last = 255 if dtype == torch.uint8 else 127
+    ids, gallery_ids = (torch.randint(last - 3, last + 1, (n,), generator=generator) for n in (12, 40))
+    query, gallery = (torch.randn(n, 5, generator=generator) for n in (12, 40))
+    matrix = distances(query, gallery, "dot")
+    wanted = expected(matrix, ids, gallery_ids)
+    short = ids.to(dtype), gallery_ids.to(dtype)
+    assert_same(rank_metrics(query, gallery, *short, metric="dot"), wanted)
+    assert_same(rank_metrics_from_distances(matrix, *short), wanted)
+    reranked = k_reciprocal_rerank(query, gallery, k1=5, k2=2)
+    assert_same(reranked.rank_metrics(*short), reranked.rank_metrics(ids, gallery_ids))
+    draws = [rank_metrics(query, gallery, *labels, single_shot=4) for labels in (short, (ids, gallery_ids))]
+    assert_same(*draws)
 
 
 def test_infinite_distances(backend: Backend) -> None:

@@ -29,6 +29,16 @@ def largest_of(name: str, x: Tensor) -> Tensor:
     return largest
 
 
+def check_places(name: str, places: Tensor, images: int) -> None:
+    """Rows of the gallery, one for each query, or −1."""
+    outside = ((places < -1) | (places >= images)).nonzero()[:, 0]
+    if outside.numel():
+        raise ValueError(
+            f"{name}: expected rows of the gallery, 0 to {images - 1}, or -1, got {int(places[outside[0]])} for query "
+            f"{int(outside[0])}"
+        )
+
+
 def scale_of(largest: Tensor, dtype: torch.dtype) -> Tensor:
     """The power of two that brings `largest` to about 1; 1 for float16, whose squares fit float32 as they are."""
     if dtype == torch.float16:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from apd_kernels._core.checks import check_choice, check_integers
+from apd_kernels._core.evaluation_rows import check_places
 from apd_kernels._core.threads import each_block
 
 AVERAGE_PRECISIONS = ("rectangular", "trapezoidal")
@@ -159,6 +160,7 @@ def metrics_of_blocks(
 ) -> RankMetrics:
     """The metrics of distances that come in blocks of rows: `distances_of(queries)` is (n, G), float32 or float64, and
     may be written into. At most `size` queries at once."""
+    query_ids, gallery_ids = query_ids.long(), gallery_ids.long()  # −1 is 255 among bytes
     queries, images = len(query_ids), len(gallery_ids)
     matched = match(query_ids, gallery_ids, query_cams, gallery_cams)
     row, column, _, kept = positive_pairs(matched)
@@ -230,6 +232,21 @@ def check_labels(
     if query_cams is not None and gallery_cams is not None:
         check_integers("query_cams", query_cams, shape[0], device)
         check_integers("gallery_cams", gallery_cams, shape[1], device)
+
+
+def check_own(exclude: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> None:
+    """`exclude` names images of the queries' identities (or junk): an image of another would count as a negative."""
+    places = exclude.long()
+    check_places("exclude", places, len(gallery_ids))
+    named = (places >= 0).nonzero()[:, 0]
+    own, found = query_ids.long()[named], gallery_ids.long()[places[named]]
+    wrong = ((own != found) & (found != JUNK)).nonzero()[:, 0]
+    if wrong.numel():
+        first = wrong[0]
+        raise ValueError(
+            f"exclude: expected each query's own image, of its identity, got image {int(places[named[first]])}, of "
+            f"identity {int(found[first])}, for query {int(named[first])}, of {int(own[first])}"
+        )
 
 
 def check_cameras(query_cams: Tensor | None, gallery_cams: Tensor | None) -> None:
