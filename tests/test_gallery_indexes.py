@@ -334,6 +334,11 @@ def test_parameters_matter() -> None:
         ),
         (lambda g: Gallery(D, fingerprint=5), TypeError, "fingerprint: expected a string, got int"),
         (
+            lambda g: g.search(_rows(2), 1, parameters={"nprobe": 1 << 64}),
+            ValueError,
+            "parameters: expected numbers that FAISS can hold, got {'nprobe': 18446744073709551616}",
+        ),
+        (
             lambda g: g.search(_rows(2), 1, parameters={"efSearch": 3}),
             ValueError,
             "parameters: expected 'nprobe' or 'max_codes', got 'efSearch'",

@@ -163,7 +163,10 @@ def search_parameters(index: Any, given: Mapping[str, int]) -> Any:
         if value < 1:
             raise ValueError(f"parameters[{name!r}]: expected at least 1, got {value}")
     known: list[str] = []
-    made = _parameters(index, left, known)
+    try:
+        made = _parameters(index, left, known)
+    except OverflowError as error:  # FAISS has int and size_t
+        raise ValueError(f"parameters: expected numbers that FAISS can hold, got {dict(given)}") from error
     if left:
         expected = " or ".join(map(repr, known)) or "none for this index"
         raise ValueError(f"parameters: expected {expected}, got {next(iter(left))!r}")
