@@ -16,6 +16,7 @@ RIGHT, WRONG, UNKNOWN = (34, 139, 34), (200, 30, 30), (150, 150, 150)
 _BOX, _FRAME, _GAP = (96, 192), 4, 10  # pixels; a box is (width, height)
 _LINE, _CAPTION = 13, 3  # height of a line of text, and lines below a box
 _CELL = (_BOX[0] + 2 * _FRAME + _GAP, _BOX[1] + 2 * _FRAME + _CAPTION * _LINE + _GAP)
+_LARGEST = 65_500  # pixels of a side: what a JPEG file can hold
 _PAPER, _INK, _EMPTY = (255, 255, 255), (40, 40, 40), (235, 235, 235)
 
 
@@ -29,10 +30,20 @@ def write_ranked_picture(lists: RankedLists, folder: Path, path: Path) -> None:
         lists: the queries' names are image files; the found names are relative to `folder`.
         folder: the gallery's data set.
         path: a name that ends in .png, .jpg or .jpeg.
+
+    Raises:
+        InputError: the lists are too many or too long for a picture.
     """
     rows = [lists.matches(query) for query in range(len(lists.query))]
     columns = 1 + max(map(len, rows))
-    picture = Image.new("RGB", (_GAP + columns * _CELL[0] + _GAP, _GAP + len(rows) * _CELL[1]), _PAPER)
+    size = _GAP + columns * _CELL[0] + _GAP, _GAP + len(rows) * _CELL[1]
+    if max(size) > _LARGEST:
+        lists_most, images_most = ((_LARGEST - gaps) // cell for gaps, cell in ((_GAP, _CELL[1]), (2 * _GAP, _CELL[0])))
+        raise InputError(
+            f"{path}: a picture can hold {lists_most} lists of {images_most - 1} images, got {len(rows):,} of "
+            f"{columns - 1:,}; draw fewer with --show and -k, or write them with --output"
+        )
+    picture = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(picture)
     for row, matches in enumerate(rows):
         top = _GAP + row * _CELL[1]

@@ -19,9 +19,12 @@ from command_line import error, run
 from drawn import SIZE, draw_data_set, write_run
 
 from apd.data.images import load_image
-from apd.ranked_picture import RIGHT, UNKNOWN, WRONG
+from apd.errors import InputError
+from apd.features import FeatureSet
+from apd.ranked_lists import RankedLists
+from apd.ranked_picture import RIGHT, UNKNOWN, WRONG, write_ranked_picture
 from apd.run import Run
-from apd_kernels import Gallery
+from apd_kernels import Gallery, SearchResult
 
 
 @pytest.fixture
@@ -158,6 +161,19 @@ def test_picture(data: Path, gallery: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
     run("search", "--gallery", gallery, "--query", _query(data), "--picture", tmp_path / "picture.jpg")
     assert Image.open(tmp_path / "picture.jpg").format == "JPEG"
+
+
+def test_a_picture_that_no_file_can_hold(tmp_path: Path) -> None:
+    pids = np.ones(400, np.int32)
+    query = FeatureSet(tmp_path / "q.npz", "all rows", np.ones((400, 2)), pids.astype(str), pids, pids, None)
+    for many, long in ((400, 1), (1, 600)):
+        found = (np.zeros((many, long)), np.arange(many * long).reshape(many, long), *np.ones((2, many, long), int))
+        names = np.full((many, long), "a.png")
+        lists = RankedLists(query.select(slice(many)), "cosine", SearchResult(*map(torch.from_numpy, found)), names)
+        message = f"p.jpg: a picture can hold .* got {many} of {long}; draw fewer with --show and -k"
+        with pytest.raises(InputError, match=message):
+            write_ranked_picture(lists, tmp_path, tmp_path / "p.jpg")
+    assert not list(tmp_path.iterdir())
 
 
 def test_picture_shows_the_images(data: Path, gallery: Path, tmp_path: Path) -> None:
