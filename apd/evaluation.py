@@ -162,7 +162,7 @@ def evaluate_shards(
         )
     for step in (ranks.add_positives, ranks.count):
         for piece in gallery.pieces():
-            with _naming(piece):
+            with _naming(piece, where=f", {piece.rows}"):
                 step(
                     features_tensor(piece, device),
                     *(_integers(values, device) for values in (piece.identities(), piece.cameras())),
@@ -305,15 +305,15 @@ def _matrix(path: Path, shape: tuple[int, int]) -> np.ndarray:
 
 
 @contextmanager
-def _naming(*sources: FeatureSet | Path) -> Iterator[None]:
-    """What a metric does not accept becomes an error of the files that it comes from."""
+def _naming(*sources: FeatureSet | Path, where: str = "") -> Iterator[None]:
+    """What a metric does not accept becomes an error of the files that it comes from, and of the place in them."""
     try:
         yield
     except InputError:
         raise
     except ValueError as error:
         files = dict.fromkeys(str(source if isinstance(source, Path) else source.path) for source in sources)
-        raise InputError(f"{' and '.join(files)}: {error}") from error
+        raise InputError(f"{' and '.join(files)}{where}: {error}") from error
 
 
 def _figures(result: RankMetrics, query: FeatureSet, conventions: Conventions) -> Evaluation:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,7 @@ class GalleryShards:
                 raise InputError(f"{path}: has changed while it was read: {size:,} images before, {len(shard):,} now")
             step = max(1, _PIECE_BYTES // (4 * shard.dim))
             for start in range(0, size, step):
-                yield shard.select(slice(start, start + step))
+                yield replace(shard.select(slice(start, start + step)), rows=f"from row {start:,} on")
 
 
 def open_shards(paths: Sequence[Path], query: FeatureSet) -> GalleryShards:

@@ -91,6 +91,18 @@ def test_a_piece_at_a_time(
     assert sum(map(len, pieces)) == len(gallery["pids"])
 
 
+def test_a_broken_row_is_found_in_its_piece(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, query: Path, gallery: dict[str, np.ndarray]
+) -> None:
+    monkeypatch.setattr("apd.shards._PIECE_BYTES", 4 * 12 * 10)
+    broken = gallery["features"].copy()
+    broken[23, 2] = np.nan
+    one = _write_npy(tmp_path / "one.npy", gallery | {"features": broken})
+    message = error("evaluate", "--query", query, "--gallery", one)
+    assert "one.npy, from row 20 on: gallery: expected finite features" in message
+    assert message.endswith("in 1 rows: 3")
+
+
 def test_wrong_pieces(tmp_path: Path, query: Path, gallery: dict[str, np.ndarray]) -> None:
     whole = write(tmp_path / "whole.npz", gallery)
     one = _write_npy(tmp_path / "one.npy", gallery)
@@ -112,8 +124,7 @@ def test_wrong_pieces(tmp_path: Path, query: Path, gallery: dict[str, np.ndarray
     broken = gallery["features"].copy()
     broken[3, 2] = np.nan
     _write_npy(one, gallery | {"features": broken})
-    assert "one.npy: " in (message := error(*evaluate, one))
-    assert "finite" in message
+    assert "one.npy, from row 0 on: gallery: expected finite features" in error(*evaluate, one)
     _write_npy(one, gallery | {"pids": gallery["pids"] + 100})
     message = error(*evaluate, one)
     assert "expected at least one query with a gallery image of the same identity" in message
