@@ -39,9 +39,9 @@ def write_pieces(folder: Path, images: int, piece: int) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for number, start in enumerate(range(0, images, piece), 1):
-        file = folder / f"piece_{number:05}.npy"
-        if not file.exists():
-            features, ids, cams = draw(min(piece, images - start), number)
+        file, count = folder / f"piece_{number:05}.npy", min(piece, images - start)
+        if not file.exists() or len(np.load(file, mmap_mode="r")) != count:
+            features, ids, cams = draw(count, number)
             np.save(file.with_suffix(".labels.npy"), np.stack([ids, cams]))
             np.save(file.with_suffix(".part.npy"), features)
             file.with_suffix(".part.npy").rename(file)

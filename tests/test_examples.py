@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
@@ -58,3 +59,8 @@ def test_rank_shards(tmp_path: Path) -> None:
     (mean,) = re.findall(r"5000 images: mAP (\d\.\d+)", first)
     assert float(mean) > 0.3
     assert re.findall(r"mAP .*;", output(example, *arguments)) == re.findall(r"mAP .*;", first)
+    arguments[1] = "5500"  # the last piece is another one
+    grown = output(example, *arguments)
+    assert len(np.load(tmp_path / "piece_00003.npy")) == 5500 - 2 * 1900
+    arguments[-1] = str(tmp_path / "new")
+    assert re.findall(r"mAP .*;", output(example, *arguments)) == re.findall(r"mAP .*;", grown)
