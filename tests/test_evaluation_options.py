@@ -210,6 +210,16 @@ def test_reranked_lists_of_features_alone(tmp_path: Path, arrays: dict[str, np.n
     assert "--json: is for figures, which need the arrays 'pids' and 'camids'" in message
 
 
+def test_reranked_lists_of_unknown_people(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Identity −1 everywhere is no identity: lists, and no figures."""
+    query, gallery = arrays["split"] == 1, arrays["split"] == 2
+    for unknown in (query, gallery, query | gallery):
+        features = write(tmp_path / "f.npz", arrays | {"pids": np.where(unknown, -1, arrays["pids"])})
+        printed = run("rerank", "--features", features, "--output", tmp_path / "lists.json")
+        assert "mAP" not in printed
+        assert printed.splitlines()[-1] == f"wrote {tmp_path / 'lists.json'}"
+
+
 # distances
 
 

@@ -244,9 +244,11 @@ def rerank(
     from apd.retrieval import rank_reranked
 
     queries, images = sources.read(on)
-    labelled = all(values is not None for rows in (queries, images) for values in (rows.pids, rows.camids))
+    labelled = all(rows.labelled for rows in (queries, images))
     if json is not None and not labelled:
-        raise InputError("--json: is for figures, which need the arrays 'pids' and 'camids' of queries and gallery")
+        raise InputError(
+            "--json: is for figures, which need the arrays 'pids' and 'camids' of queries and gallery, not all pids -1"
+        )
     reranked = reranked_of(queries, images, chosen, reranking, device=on)
     lists = rank_reranked(reranked, queries, images, k, chosen, reranking, exclude_same_camera=exclude_same_camera)
     write_lists(lists, output)
