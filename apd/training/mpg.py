@@ -21,7 +21,7 @@ from apd.run import GENERATOR, save_tensors
 from apd.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
 from apd.training.engine import CheckpointClock, LossGuard, seed_step
 from apd.training.log import StageLog
-from apd.training.monitors import camera_distance, flipped_share, sample_grid, sample_images
+from apd.training.monitors import REFERENCE_PAIRS, camera_distance, flipped_share, sample_grid, sample_images
 from apd.training.sources import Sources
 
 STAGE = "mpg"
@@ -134,7 +134,16 @@ def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device:
     trunk = trunk.to(on)
     bank = deep_features(trunk, store, options.batch_size, config.data.workers, on)
     labels = torch.from_numpy(sources.labels).to(on)
-    apart = camera_distance(trunk, store, sources, batch_size=options.batch_size, seed=config.seed, device=on)
+    apart = camera_distance(
+        trunk,
+        store,
+        sources.labels,
+        sources.cameras,
+        most=REFERENCE_PAIRS,
+        batch_size=options.batch_size,
+        seed=config.seed,
+        device=on,
+    )
     samples = sample_images(store).to(on)
     batches = training_batches(
         store,
