@@ -326,6 +326,8 @@ def check(config: Config) -> None:
         raise _wrong("train.accumulate", expected, train.accumulate)
     for side in ("height", "width"):
         pixels = getattr(data, side)
+        if data.pad >= pixels:  # else a crop may lie outside of the image
+            raise _wrong("data.pad", f"less than data.{side} ({pixels})", data.pad)
         if model.patch_size is not None and model.stride is None and pixels % model.patch_size:
             raise _wrong(f"data.{side}", f"a multiple of model.patch_size ({model.patch_size})", pixels)
         if config.perturbation in ("generator", "both") and pixels % 4:
