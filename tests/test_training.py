@@ -35,7 +35,7 @@ from apd.training.engine import LossGuard
 from apd.training.log import read_metrics
 from apd.training.sources import Sources, gather_sources, split_validation
 from apd.training.sp import rate, total_steps
-from apd.training.train import start_run, train_run
+from apd.training.train import make_trunk, start_run, train_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -170,6 +170,18 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path) 
     assert load_checkpoint(tmp_path, "none") is None
 
 
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
+    """By the next checkpoint of its stage; a file of a large network is hundreds of megabytes."""
+    (tmp_path / "last").mkdir()
+    for stage in ("mpg", "sp"):
+        (tmp_path / "last" / f".{stage}-00000003.pt.0a1b2c3d.tmp").write_bytes(b"half")
+    save_checkpoint(tmp_path, "sp", 4, {})
+    assert sorted(path.name for path in (tmp_path / "last").iterdir()) == [
+        ".mpg-00000003.pt.0a1b2c3d.tmp",
+        "sp-00000004.pt",
+    ]
+
+
 def test_two_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 10):
         save_checkpoint(tmp_path, "sp", step, {})
@@ -293,6 +305,22 @@ def test_two_sources(tmp_path: Path, data: Path, whole: Run) -> None:
     sources, _ = gather_sources([_samples(data), _samples(other)], 0, 0)
     assert sources.labels.max() == 15
     assert (sources.labels[sources.domains == 1] >= 8).all()
+
+
+def test_no_step_and_identities_held_out(tmp_path: Path, data: Path) -> None:
+    """The network that the run began with."""
+    run = trained(tmp_path / "run", data, "perturbation=none", "train.steps=0", "train.validation_identities=2")
+    (result,) = run.info()["own_test"].values()
+    assert result["step 0"] == result["end"]
+
+
+def test_finished_run_is_read_only(tmp_path: Path, whole: Run, data: Path) -> None:
+    """Of ψ and φ that are asked for again, nothing is written."""
+    shutil.copytree(whole.path, tmp_path / "run")
+    info = tmp_path / "run" / "run.json"
+    before = info.stat().st_mtime_ns, info.stat().st_ino
+    assert make_trunk(Run(tmp_path / "run"), "cpu").name.startswith("self")
+    assert (info.stat().st_mtime_ns, info.stat().st_ino) == before
 
 
 def test_validation_needs_two_cameras() -> None:

@@ -123,9 +123,11 @@ def _train_generator(run: Run, sources: Sources, device: str) -> None:
 def _trunk_choice(run: Run) -> str:
     """What ``auto`` stands for is decided once: a run that goes on has the ψ and φ that it began with, or an error."""
     options = run.config.mpg
-    name = run.info().get("trunk_choice") or resolve_trunk(options.trunk, options.trunk_weights)
-    update_info(run.path, trunk_choice=name)
-    return name
+    chosen = run.info().get("trunk_choice")
+    if chosen is None:  # else nothing is written: a report may be of a run in a folder that is read-only
+        chosen = resolve_trunk(options.trunk, options.trunk_weights)
+        update_info(run.path, trunk_choice=chosen)
+    return chosen
 
 
 def _train_trunk(run: Run, device: str) -> None:
