@@ -177,7 +177,7 @@ class TrainConfig:
     accumulate: int = _value(
         1,
         "parts a step is cut into to save memory; features and losses are those of the whole (gradient caching), for "
-        "one more forward pass",
+        "one more forward pass; but a CNN's batch norms see a part",
         OURS,
     )
     compile: bool = _value(False, "compile the network's training pass by torch.compile", OURS)

@@ -438,6 +438,18 @@ def test_stage_2_that_cannot_begin_ends_the_run_before_stage_1(
             trained(tmp_path / name, data, change)
 
 
+def test_stage_1_that_cannot_begin_makes_no_run(tmp_path: Path, data: Path) -> None:
+    """With trunk=self it would else be said after the baseline's training."""
+    for change, message in (
+        ("mpg.batch_size=33", "mpg.batch_size: expected at most the 32 training images, got 33"),
+        ("mpg.trunk=nonesuch", "mpg.trunk: nonesuch: timm has no model"),
+    ):
+        with pytest.raises(InputError, match=message):
+            start_run(tmp_path / "run", load_config(None, [*TINY, change]), [data])
+    assert not (tmp_path / "run").exists()
+    start_run(tmp_path / "run", load_config(None, [*TINY, "mpg.batch_size=33", "perturbation=latent"]), [data])
+
+
 def test_auto_trunk_is_chosen_once(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that began with one ψ and φ does not go on with another one, because a server is out of reach by then."""
     from apd.training import train as module

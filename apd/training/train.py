@@ -25,7 +25,7 @@ from apd.models.trunk import BaselineTrunk, Trunk, build_trunk, resolve_trunk
 from apd.run import CONFIG, GENERATOR, INFO, WEIGHTS, Run, update_info
 from apd.synthesis import synthesize, synthesized_folders
 from apd.training.engine import check_precision
-from apd.training.mpg import train_mpg
+from apd.training.mpg import check_mpg, train_mpg
 from apd.training.ranks import join, on_first, own_rows
 from apd.training.sources import Sources, gather_sources
 from apd.training.sp import check_sp, train_sp
@@ -57,6 +57,8 @@ def start_run(path: Path, config: Config, data: Sequence[Path | str | DataSpec])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DataWarning)  # they are given when the training begins
         sources, _ = _gathered([read_source(spec) for spec in specs], config)
+    if config.perturbation in ("generator", "both"):
+        check_mpg(sources, config)
     check_sp(sources, config)
     config = _with_absolute_paths(config)
     path.mkdir(parents=True, exist_ok=True)
