@@ -217,6 +217,7 @@ def test_position_embedding_is_resized_to_the_grid(tmp_path: Path) -> None:
         ({"backbone": "hrnet_w18_small"}, "model.backbone: .* can be cut after stage2, got hrnet_w18_small"),
         ({"backbone": "mixer_s32_224"}, "model.backbone: expected a CNN, or a vision transformer"),
         ({"backbone": "beit_base_patch16_224"}, "model.backbone: expected a CNN, or a vision transformer"),
+        ({"backbone": "vgg11", "drop_path": 0.1}, "model.backbone: .* got vgg11: .*; model.drop_path=0 leaves out"),
         ({"backbone": "selecsls42"}, "model.backbone: .* no plain sequence of maps"),  # lists of maps between its stages
         ({"backbone": "test_resnet", "stage": "layer7"}, "model.stage: .* such as .*layer2, .*got 'layer7'"),
         ({"backbone": "test_resnet", "stage": "layer2.0.conv1"}, "model.backbone: .* cut after layer2.0.conv1"),
@@ -229,7 +230,7 @@ def test_position_embedding_is_resized_to_the_grid(tmp_path: Path) -> None:
 )
 def test_values_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        build_spnet(replace(ModelConfig(pretrained="none", drop_path=0.0), **changes), SIZE, 4)
+        build_spnet(ModelConfig(**{"pretrained": "none", "drop_path": 0.0, **changes}), SIZE, 4)
 
 
 def test_weights_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
