@@ -140,6 +140,17 @@ def test_one_pass_where_the_batch_changes_nothing(images: Tensor, backbone: str,
 
 
 @pytest.mark.parametrize("backbone", CNNS)
+@pytest.mark.parametrize("ssd", ["msp", "sps"])
+def test_mixed_precision(images: Tensor, backbone: str, ssd: str) -> None:
+    """Also where F stays in float32, as ConvNeXt's, and the attention does not."""
+    model = network(backbone, ssd=ssd).train()
+    exact = model.branches(images, LABELS).relevant.features
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model.branches(images, LABELS).relevant.features
+    torch.testing.assert_close(half.float(), exact, rtol=0.1, atol=0.05 * float(exact.detach().abs().max()))
+
+
+@pytest.mark.parametrize("backbone", CNNS)
 def test_every_weight_learns_at_one_of_two_rates(images: Tensor, backbone: str) -> None:
     model = network(backbone)
     weights, biases = parameter_groups(model, 0.1, 1e-4, 2.0)
