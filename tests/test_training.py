@@ -147,6 +147,22 @@ def test_resumed_in_the_middle_of_a_stage(tmp_path: Path, whole: Run, data: Path
     _same_results(path, whole.path)
 
 
+def test_run_goes_on_with_the_images_that_it_began_with(tmp_path: Path, data: Path) -> None:
+    """Another file would shift the batches without a word, another identity the classifier's rows."""
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    made = trained(tmp_path / "run", folder, "perturbation=none")
+    (made.path / "best.safetensors").unlink()
+    train = folder / "bounding_box_train"
+    for name in ("0001_c1s1_000000_00.png", "0099_c1s1_000001_00.png"):
+        shutil.copy(train / "0001_c1s1_000001_00.png", train / name)
+        with pytest.raises(InputError, match="run: began with other training images than there are now in .*data"):
+            train_run(Run(made.path), "cpu")
+        (train / name).unlink()
+    train_run(Run(made.path), "cpu")
+    assert (made.path / "best.safetensors").is_file()
+
+
 def test_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, "sp", 2, {"x": torch.arange(3)})
     path = save_checkpoint(tmp_path, "sp", 4, {"x": torch.arange(4)})

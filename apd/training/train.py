@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import time
 import warnings
@@ -56,7 +58,8 @@ def start_run(path: Path, config: Config, data: Sequence[Path | str | DataSpec])
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DataWarning)  # they are given when the training begins
-        sources, _ = _gathered([read_source(spec) for spec in specs], config)
+        folders = [read_source(spec) for spec in specs]
+    sources, _ = _gathered(folders, config)
     if config.perturbation in ("generator", "both"):
         check_mpg(sources, config)
     check_sp(sources, config)
@@ -65,6 +68,7 @@ def start_run(path: Path, config: Config, data: Sequence[Path | str | DataSpec])
     update_info(
         path,
         data=[str(spec) for spec in specs],
+        images=_listing(folders),
         started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions={"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
     )
@@ -110,9 +114,21 @@ def _read_sources(run: Run) -> list[ReidFolder]:
     folders = [read_source(source) for source in run.info().get("data", [])]
     if not folders:
         raise InputError(f"{run.path / INFO}: names no data folders")
+    if run.info().get("images", _listing(folders)) != _listing(folders):
+        names = ", ".join(str(folder.path) for folder in folders)
+        raise InputError(
+            f"{run.path}: began with other training images than there are now in {names}; expected the same files, "
+            "identities and cameras"
+        )
     for folder in folders:
         console.print(f"source {folder.path.name}: {_counts(folder.train)}", soft_wrap=True)
     return folders
+
+
+def _listing(folders: Sequence[ReidFolder]) -> str:
+    """SHA-256 of what there is to train on: with other files a run would go on with other classes and batches."""
+    listed = [[(sample.path.name, sample.pid, sample.camid) for sample in folder.train] for folder in folders]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
 def _train_generator(run: Run, sources: Sources, device: str) -> None:
