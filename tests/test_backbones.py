@@ -229,7 +229,7 @@ def test_position_embedding_is_resized_to_the_grid(tmp_path: Path) -> None:
         ({"backbone": "mixer_s32_224"}, "model.backbone: expected a CNN, or a vision transformer"),
         ({"backbone": "beit_base_patch16_224"}, "model.backbone: expected a CNN, or a vision transformer"),
         ({"backbone": "vgg11", "drop_path": 0.1}, "model.backbone: .* got vgg11: .*; model.drop_path=0 leaves out"),
-        ({"backbone": "selecsls42"}, "model.backbone: .* no plain sequence of maps"),  # lists of maps between its stages
+        ({"backbone": "selecsls42"}, "model.backbone: .* no plain sequence of maps"),  # lists between stages
         ({"backbone": "test_resnet", "stage": "layer7"}, "model.stage: .* such as .*layer2, .*got 'layer7'"),
         ({"backbone": "test_resnet", "stage": "layer2.0.conv1"}, "model.backbone: .* cut after layer2.0.conv1"),
         ({"backbone": "test_resnet", "stride": 12}, "model.stride: is for vision transformers"),

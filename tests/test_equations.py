@@ -229,7 +229,7 @@ def test_stage_1(tmp_path: Path, sources: Sources, monkeypatch: pytest.MonkeyPat
     assert all(parameter.grad is None for parameter in trunk.parameters())
 
     apart = mpg.camera_distance(
-        trunk, store, sources.labels, sources.cameras, most=256, batch_size=4, seed=config.seed, device=torch.device("cpu")
+        trunk, store, sources.labels, sources.cameras, batch_size=4, seed=config.seed, device=torch.device("cpu")
     )
     assert apart is not None
     lines = read_metrics(tmp_path / "run" / "metrics.csv")

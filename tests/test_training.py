@@ -156,7 +156,7 @@ def test_run_goes_on_with_the_images_that_it_began_with(tmp_path: Path, data: Pa
     train = folder / "bounding_box_train"
     for name in ("0001_c1s1_000000_00.png", "0099_c1s1_000001_00.png"):
         shutil.copy(train / "0001_c1s1_000001_00.png", train / name)
-        with pytest.raises(InputError, match="run: began with other training images than there are now in .*data"):
+        with pytest.raises(InputError, match=r"run: began with other training images than there are now in .*data"):
             train_run(Run(made.path), "cpu")
         (train / name).unlink()
     train_run(Run(made.path), "cpu")

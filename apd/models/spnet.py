@@ -51,7 +51,7 @@ class MSP(nn.Module):
     def forward(self, features: Tensor) -> list[Tensor]:
         """Three logits (B, C, H, W) of features (B, C, H, W)."""
         logits = self.dc1(features), self.dc2(self.dc3(features).sigmoid()), self.dc4(features)
-        # Under autocast convolutions give half precision, also of an F that is float32, as after ConvNeXt's layer scale.
+        # Under autocast convolutions give half precision, also where F is float32, as after ConvNeXt's layer scale.
         return [logit.to(features.dtype) for logit in logits]
 
 
