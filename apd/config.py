@@ -177,7 +177,7 @@ class TrainConfig:
     accumulate: int = _value(
         1,
         "parts a step is cut into to save memory; features and losses are those of the whole (gradient caching), for "
-        "one more forward pass",
+        "one more forward pass; but a CNN's batch norms see a part",
         OURS,
     )
     compile: bool = _value(False, "compile the network's training pass by torch.compile", OURS)
@@ -326,6 +326,8 @@ def check(config: Config) -> None:
         raise _wrong("train.accumulate", expected, train.accumulate)
     for side in ("height", "width"):
         pixels = getattr(data, side)
+        if data.pad >= pixels:  # else a crop may lie outside of the image
+            raise _wrong("data.pad", f"less than data.{side} ({pixels})", data.pad)
         if model.patch_size is not None and model.stride is None and pixels % model.patch_size:
             raise _wrong(f"data.{side}", f"a multiple of model.patch_size ({model.patch_size})", pixels)
         if config.perturbation in ("generator", "both") and pixels % 4:

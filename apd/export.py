@@ -71,7 +71,7 @@ def _metadata(run: Run) -> dict[str, str]:
         "width": str(width),
         "input": "float32 (B, 3, height, width), RGB in [0, 1], resized by a bicubic filter with antialiasing",
         "normalization": "inside the network",
-        "output": f"float32 (B, D), of length 1; class token {run.config.model.descriptor}",
+        "output": f"float32 (B, D), of length 1; class token (of a CNN: pooled map) {run.config.model.descriptor}",
         "tolerance": f"{TOLERANCE:g}",
     }
 

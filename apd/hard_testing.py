@@ -29,13 +29,14 @@ from torchvision.transforms.v2 import functional as transforms
 from apd.comparison import Difference, Retrieval, paired_difference, retrieve
 from apd.data.images import ImageStore
 from apd.data.loading import images_in_order
-from apd.data.market import DISTRACTOR, ReidFolder, Sample
+from apd.data.market import DISTRACTOR, ReidFolder
 from apd.display import progress
 from apd.errors import InputError
 from apd.features import FeatureSet
 from apd.models.trunk import Trunk
 from apd.report import Table, points
 from apd.run import WEIGHTS, Run
+from apd.training.monitors import camera_distance
 from apd.training.train import BASELINE, make_trunk
 
 CONTENT_BOUND = 0.5  # of the mean φ-distance between a person's images from different cameras
@@ -302,30 +303,25 @@ def matching_strength(distance: Callable[[float], float], target: float, stronge
     return (low + high) / 2
 
 
-@torch.no_grad()
 def across_cameras(folder: ReidFolder, size: tuple[int, int], trunk: Trunk, device: str, seed: int) -> float:
     """Mean φ-distance of each test image to one of the same person from another camera, which is drawn.
 
     Raises:
         InputError: no person was seen by two cameras.
     """
-    random = np.random.default_rng((_STREAM, seed))
-    people: dict[int, list[Sample]] = {}
-    for sample in (*folder.query, *folder.gallery):
-        people.setdefault(sample.pid, []).append(sample)
-    people.pop(DISTRACTOR, None)
-    pairs = []
-    for samples in people.values():
-        for sample in samples:
-            others = [other for other in samples if other.camid != sample.camid]
-            if others:
-                pairs.append((sample.path, others[random.integers(len(others))].path))
-    if not pairs:
+    samples = [sample for sample in (*folder.query, *folder.gallery) if sample.pid != DISTRACTOR]
+    found = camera_distance(
+        trunk,
+        ImageStore([sample.path for sample in samples], size, cache=False),
+        np.array([sample.pid for sample in samples], np.int64),
+        np.array([sample.camid for sample in samples], np.int64),
+        batch_size=_BATCH,
+        seed=seed,
+        device=torch.device(device),
+    )
+    if found is None:
         raise InputError(f"{folder.path}: expected a person whom two cameras saw among query and gallery, found none")
-    stores = (ImageStore(paths, size, cache=False) for paths in zip(*pairs, strict=True))
-    batches = zip(*(images_in_order(store, _BATCH, 0) for store in stores), strict=True)
-    sums = [float(_distances(trunk, a.to(device), b.to(device)).sum()) for a, b in batches]
-    return sum(sums) / len(pairs)
+    return found
 
 
 def _distances(trunk: Trunk, a: Tensor, b: Tensor) -> Tensor:

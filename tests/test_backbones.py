@@ -140,6 +140,17 @@ def test_one_pass_where_the_batch_changes_nothing(images: Tensor, backbone: str,
 
 
 @pytest.mark.parametrize("backbone", CNNS)
+@pytest.mark.parametrize("ssd", ["msp", "sps"])
+def test_mixed_precision(images: Tensor, backbone: str, ssd: str) -> None:
+    """Also where F stays in float32, as ConvNeXt's, and the attention does not."""
+    model = network(backbone, ssd=ssd).train()
+    exact = model.branches(images, LABELS).relevant.features
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model.branches(images, LABELS).relevant.features
+    torch.testing.assert_close(half.float(), exact, rtol=0.1, atol=0.05 * float(exact.detach().abs().max()))
+
+
+@pytest.mark.parametrize("backbone", CNNS)
 def test_every_weight_learns_at_one_of_two_rates(images: Tensor, backbone: str) -> None:
     model = network(backbone)
     weights, biases = parameter_groups(model, 0.1, 1e-4, 2.0)
@@ -217,6 +228,8 @@ def test_position_embedding_is_resized_to_the_grid(tmp_path: Path) -> None:
         ({"backbone": "hrnet_w18_small"}, "model.backbone: .* can be cut after stage2, got hrnet_w18_small"),
         ({"backbone": "mixer_s32_224"}, "model.backbone: expected a CNN, or a vision transformer"),
         ({"backbone": "beit_base_patch16_224"}, "model.backbone: expected a CNN, or a vision transformer"),
+        ({"backbone": "vgg11", "drop_path": 0.1}, "model.backbone: .* got vgg11: .*; model.drop_path=0 leaves out"),
+        ({"backbone": "selecsls42"}, "model.backbone: .* no plain sequence of maps"),  # lists between stages
         ({"backbone": "test_resnet", "stage": "layer7"}, "model.stage: .* such as .*layer2, .*got 'layer7'"),
         ({"backbone": "test_resnet", "stage": "layer2.0.conv1"}, "model.backbone: .* cut after layer2.0.conv1"),
         ({"backbone": "test_resnet", "stride": 12}, "model.stride: is for vision transformers"),
@@ -228,7 +241,7 @@ def test_position_embedding_is_resized_to_the_grid(tmp_path: Path) -> None:
 )
 def test_values_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        build_spnet(replace(ModelConfig(pretrained="none", drop_path=0.0), **changes), SIZE, 4)
+        build_spnet(ModelConfig(**{"pretrained": "none", "drop_path": 0.0, **changes}), SIZE, 4)
 
 
 def test_weights_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

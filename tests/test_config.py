@@ -236,6 +236,7 @@ def test_unknown_keys(key: str, hint: str, tmp_path: Path) -> None:
         ("seed=-1", "seed: expected from 0 to 2³² − 1, got -1"),
         ("seed=4294967296", "seed: expected from 0 to 2³² − 1, got 4294967296"),
         ("data.height=0", "data.height: expected at least 1, got 0"),
+        ("data.pad=128", "data.pad: expected less than data.width (128), got 128"),
         ("data.flip=1.1", "data.flip: expected from 0 to 1, got 1.1"),
         ("data.erasing=-0.1", "data.erasing: expected from 0 to 1, got -0.1"),
         ("model.drop_path=1", "model.drop_path: expected from 0 to less than 1, got 1.0"),

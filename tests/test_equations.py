@@ -228,7 +228,9 @@ def test_stage_1(tmp_path: Path, sources: Sources, monkeypatch: pytest.MonkeyPat
     assert all(torch.equal(before[name], tensor) for name, tensor in trunk.state_dict().items())
     assert all(parameter.grad is None for parameter in trunk.parameters())
 
-    apart = mpg.camera_distance(trunk, store, sources, batch_size=4, seed=config.seed, device=torch.device("cpu"))
+    apart = mpg.camera_distance(
+        trunk, store, sources.labels, sources.cameras, batch_size=4, seed=config.seed, device=torch.device("cpu")
+    )
     assert apart is not None
     lines = read_metrics(tmp_path / "run" / "metrics.csv")
     for line, (one, other) in zip(lines, (seen[:2], seen[2:]), strict=True):

@@ -63,6 +63,7 @@ def test_metadata(made: Run, onnx_file: Path) -> None:
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     assert metadata["fingerprint"] == made.fingerprint()
     assert (metadata["height"], metadata["width"]) == tuple(map(str, SIZE))
+    assert metadata["output"].endswith("class token (of a CNN: pooled map) before_bn")
     assert metadata["normalization"] == "inside the network"
     assert {entry.domain: entry.version for entry in model.opset_import}[""] == export.OPSET
     assert not any(node.domain for node in model.graph.node)  # only ONNX's own operators

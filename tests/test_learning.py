@@ -64,6 +64,7 @@ def train(model: SPNet, images: Tensor, targets: Tensor) -> tuple[float, float]:
 
 
 def test_cross_camera_matches_are_learnt() -> None:
+    """With shuffled labels L_K falls as well (to 0.08 of its start: 128 images are learnt by heart), rank-1 to 0.04."""
     torch.manual_seed(0)
     model = build_spnet(MODEL, SIZE, IDENTITIES)
     images, labels, cameras = drawn()

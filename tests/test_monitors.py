@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ pytest.importorskip("timm")
 
 from apd.data.images import ImageStore, load_image
 from apd.models.trunk import Trunk, TrunkFeatures
-from apd.training import monitors
 from apd.training.monitors import camera_distance, camera_pairs, flipped_share, sample_grid, sample_images
 from apd.training.sources import Sources
 
@@ -48,6 +48,10 @@ def store_of(made: Sources) -> ImageStore:
     return ImageStore(made.paths, SIZE, cache=False)
 
 
+def distance_between_cameras(trunk: Trunk, made: Sources, **options: Any) -> float | None:
+    return camera_distance(trunk, store_of(made), made.labels, made.cameras, device=torch.device("cpu"), **options)
+
+
 def test_flipped_share() -> None:
     bank = torch.tensor([[0.0], [1.0], [5.0], [6.0], [20.0]])
     labels = torch.tensor([0, 0, 1, 1, 2])  # the last has nobody of its identity and does not count
@@ -59,24 +63,24 @@ def test_flipped_share() -> None:
 
 def test_pairs_are_of_one_person_and_two_cameras(tmp_path: Path) -> None:
     made = sources(tmp_path, [0, 0, 0, 1, 1, 2, 3, 3], [1, 1, 2, 1, 1, 2, 2, 3])
-    pairs = camera_pairs(made, 100, seed=0)
+    pairs = camera_pairs(made.labels, made.cameras, 100, seed=0)
     assert sorted(pairs[:, 0]) == [0, 1, 2, 6, 7]  # every image with such a partner; 1 has one camera, 2 one image
     assert (made.labels[pairs[:, 0]] == made.labels[pairs[:, 1]]).all()
     assert (made.cameras[pairs[:, 0]] != made.cameras[pairs[:, 1]]).all()
-    assert (camera_pairs(made, 100, seed=0) == pairs).all()
-    assert len(camera_pairs(made, 2, seed=0)) == 2
+    assert (camera_pairs(made.labels, made.cameras, 100, seed=0) == pairs).all()
+    assert len(camera_pairs(made.labels, made.cameras, 2, seed=0)) == 2
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_distance_is_the_mean_of_equation_4(tmp_path: Path, batch_size: int) -> None:
     made, trunk = sources(tmp_path, [0, 0, 1, 1, 1, 2], [1, 2, 1, 2, 3, 1]), Halves()
-    found = camera_distance(trunk, store_of(made), made, batch_size=batch_size, seed=3, device=torch.device("cpu"))
+    found = distance_between_cameras(trunk, made, batch_size=batch_size, seed=3)
 
     def shallow(i: int) -> np.ndarray:
         pixels = load_image(made.paths[i], None).astype(np.float64) / 255
         return pixels.reshape(8, 2, 4, 2, 3).mean((1, 3))
 
-    pairs = camera_pairs(made, 256, seed=3)
+    pairs = camera_pairs(made.labels, made.cameras, None, seed=3)
     assert len(pairs) == 5
     assert found == pytest.approx(np.mean([np.abs(shallow(i) - shallow(j)).mean() for i, j in pairs]), rel=1e-5)
     assert max(trunk.seen) <= max(2, batch_size)  # one batch is in memory
@@ -84,15 +88,17 @@ def test_distance_is_the_mean_of_equation_4(tmp_path: Path, batch_size: int) -> 
 
 def test_no_distance_with_one_camera(tmp_path: Path) -> None:
     made = sources(tmp_path, [0, 0, 1, 1], [1, 1, 2, 2])
-    assert camera_distance(Halves(), store_of(made), made, batch_size=4, seed=0, device=torch.device("cpu")) is None
+    assert distance_between_cameras(Halves(), made, batch_size=4, seed=0) is None
 
 
 def test_reference_takes_a_bounded_number_of_pairs(tmp_path: Path) -> None:
-    """Of more images than are drawn, 256 pairs are taken."""
+    """Of more images than are drawn, as many pairs are taken; without a bound one of every image."""
     made = sources(tmp_path, [i // 2 for i in range(600)], [1, 2] * 300)
     trunk = Halves()
-    camera_distance(trunk, store_of(made), made, batch_size=64, seed=0, device=torch.device("cpu"))
-    assert sum(trunk.seen) == 2 * monitors._PAIRS == 512
+    distance_between_cameras(trunk, made, most=256, batch_size=64, seed=0)
+    assert sum(trunk.seen) == 512
+    distance_between_cameras(trunk, made, batch_size=64, seed=0)
+    assert sum(trunk.seen) == 512 + 1200
 
 
 def test_picture_has_originals_above_what_is_made_of_them(tmp_path: Path) -> None:

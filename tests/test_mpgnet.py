@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -163,7 +164,7 @@ def test_trunk_of_the_baseline() -> None:
 
 def test_order_of_trunks(monkeypatch: pytest.MonkeyPatch) -> None:
     have: set[str] = set()
-    monkeypatch.setattr(trunks, "available", lambda name: name in have)
+    monkeypatch.setattr(trunks, "obtainable", lambda name: name in have)
     monkeypatch.setattr(trunks, "wheel_file", lambda: None)
     assert resolve_trunk("auto", None) == "self"
     monkeypatch.setattr(trunks, "wheel_file", lambda: Path("weights"))
@@ -172,6 +173,30 @@ def test_order_of_trunks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_trunk("auto", None) == "resnet50"
     assert resolve_trunk("auto", "resnet.safetensors") == "resnet50"
     assert resolve_trunk("self", None) == "self"
+
+
+def test_proxy_that_refuses_a_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers, and yet there are no weights to be had: what stands for auto is the next in order."""
+
+    class ProxyError(Exception):
+        """As httpx's: no OSError."""
+
+    create = timm.create_model
+
+    def refused(name: str, pretrained: bool = False, **options: Any) -> nn.Module:
+        if pretrained:
+            raise ProxyError("403 blocked")
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", refused)
+    monkeypatch.setattr("apd.models.weights.in_cache", lambda name: False)
+    monkeypatch.setattr("apd.models.weights.available", lambda name: True)
+    with pytest.raises(InputError, match=r"mpg\.trunk: resnet18: its weights could not be downloaded: 403 blocked"):
+        build_trunk("resnet18", None)
+    monkeypatch.setattr(trunks, "wheel_file", lambda: Path("weights"))
+    assert resolve_trunk("auto", None) == LITE0
+    monkeypatch.setattr(trunks, "wheel_file", lambda: None)
+    assert resolve_trunk("auto", None) == "self"
 
 
 def test_trunks_that_do_not_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

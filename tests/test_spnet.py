@@ -73,8 +73,11 @@ def test_first_bias_keeps_most_of_the_map(images: Tensor) -> None:
 
 
 def test_baseline_is_the_transformer(images: Tensor) -> None:
+    sized = network(backbone="test_vit", patch_size=None, embed_dim=None, depth=None, heads=None, ssd="none").eval()
+    assert sized.vit.dynamic_img_size
     model = network(ssd="none").eval()
-    torch.testing.assert_close(model(images), model.vit(model.normalize(images)))
+    for each in (sized, model):
+        torch.testing.assert_close(each(images), each.vit(each.normalize(images)))
     torch.testing.assert_close(model.normalize(images), (images - 0.5) / 0.5)
 
 

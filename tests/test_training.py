@@ -35,7 +35,7 @@ from apd.training.engine import LossGuard
 from apd.training.log import read_metrics
 from apd.training.sources import Sources, gather_sources, split_validation
 from apd.training.sp import rate, total_steps
-from apd.training.train import start_run, train_run
+from apd.training.train import make_trunk, start_run, train_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -147,6 +147,22 @@ def test_resumed_in_the_middle_of_a_stage(tmp_path: Path, whole: Run, data: Path
     _same_results(path, whole.path)
 
 
+def test_run_goes_on_with_the_images_that_it_began_with(tmp_path: Path, data: Path) -> None:
+    """Another file would shift the batches without a word, another identity the classifier's rows."""
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    made = trained(tmp_path / "run", folder, "perturbation=none")
+    (made.path / "best.safetensors").unlink()
+    train = folder / "bounding_box_train"
+    for name in ("0001_c1s1_000000_00.png", "0099_c1s1_000001_00.png"):
+        shutil.copy(train / "0001_c1s1_000001_00.png", train / name)
+        with pytest.raises(InputError, match=r"run: began with other training images than there are now in .*data"):
+            train_run(Run(made.path), "cpu")
+        (train / name).unlink()
+    train_run(Run(made.path), "cpu")
+    assert (made.path / "best.safetensors").is_file()
+
+
 def test_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, "sp", 2, {"x": torch.arange(3)})
     path = save_checkpoint(tmp_path, "sp", 4, {"x": torch.arange(4)})
@@ -168,6 +184,18 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path) 
     with pytest.warns(DataWarning), pytest.raises(InputError, match="all checkpoints of stage sp are damaged"):
         load_checkpoint(tmp_path, "sp")
     assert load_checkpoint(tmp_path, "none") is None
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
+    """By the next checkpoint of its stage; a file of a large network is hundreds of megabytes."""
+    (tmp_path / "last").mkdir()
+    for stage in ("mpg", "sp"):
+        (tmp_path / "last" / f".{stage}-00000003.pt.0a1b2c3d.tmp").write_bytes(b"half")
+    save_checkpoint(tmp_path, "sp", 4, {})
+    assert sorted(path.name for path in (tmp_path / "last").iterdir()) == [
+        ".mpg-00000003.pt.0a1b2c3d.tmp",
+        "sp-00000004.pt",
+    ]
 
 
 def test_two_newest_checkpoints_are_kept(tmp_path: Path) -> None:
@@ -295,6 +323,22 @@ def test_two_sources(tmp_path: Path, data: Path, whole: Run) -> None:
     assert (sources.labels[sources.domains == 1] >= 8).all()
 
 
+def test_no_step_and_identities_held_out(tmp_path: Path, data: Path) -> None:
+    """The network that the run began with."""
+    run = trained(tmp_path / "run", data, "perturbation=none", "train.steps=0", "train.validation_identities=2")
+    (result,) = run.info()["own_test"].values()
+    assert result["step 0"] == result["end"]
+
+
+def test_finished_run_is_read_only(tmp_path: Path, whole: Run, data: Path) -> None:
+    """Of ψ and φ that are asked for again, nothing is written."""
+    shutil.copytree(whole.path, tmp_path / "run")
+    info = tmp_path / "run" / "run.json"
+    before = info.stat().st_mtime_ns, info.stat().st_ino
+    assert make_trunk(Run(tmp_path / "run"), "cpu").name.startswith("self")
+    assert (info.stat().st_mtime_ns, info.stat().st_ino) == before
+
+
 def test_validation_needs_two_cameras() -> None:
     samples = [
         Sample(Path(f"{pid}_{camera}"), pid, camera) for pid in range(5) for camera in (1, 2) if pid or camera == 1
@@ -408,6 +452,18 @@ def test_stage_2_that_cannot_begin_ends_the_run_before_stage_1(
     ):
         with pytest.raises(InputError, match=message):
             trained(tmp_path / name, data, change)
+
+
+def test_stage_1_that_cannot_begin_makes_no_run(tmp_path: Path, data: Path) -> None:
+    """With trunk=self it would else be said after the baseline's training."""
+    for change, message in (
+        ("mpg.batch_size=33", "mpg.batch_size: expected at most the 32 training images, got 33"),
+        ("mpg.trunk=nonesuch", "mpg.trunk: nonesuch: timm has no model"),
+    ):
+        with pytest.raises(InputError, match=message):
+            start_run(tmp_path / "run", load_config(None, [*TINY, change]), [data])
+    assert not (tmp_path / "run").exists()
+    start_run(tmp_path / "run", load_config(None, [*TINY, "mpg.batch_size=33", "perturbation=latent"]), [data])
 
 
 def test_auto_trunk_is_chosen_once(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

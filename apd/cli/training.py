@@ -42,7 +42,8 @@ def train(
     well the result is the baseline. Nothing of a target domain is looked at.
 
     torchrun --nproc-per-node N -m apd.cli train … trains on N GPUs (or, with
-    --device cpu, in N processes): to the same result as one, up to rounding.
+    --device cpu, in N processes): to the same result as one, up to rounding,
+    but for the batch norms inside a CNN, each of which sees its process's images.
     """
     if resume is not None and (data or config or output or values):
         raise InputError("--resume RUN stands alone: data and configuration are those of the run")

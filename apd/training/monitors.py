@@ -10,9 +10,8 @@ from torch.nn.functional import l1_loss
 from apd.data.augmentation import as_floats
 from apd.data.images import ImageStore
 from apd.models.trunk import Trunk
-from apd.training.sources import Sources
 
-_PAIRS = 256  # images of one person from two cameras: the mean of L_C over them is known to a few percent
+REFERENCE_PAIRS = 256  # images of one person from two cameras: the mean of L_C over them is known to a few percent
 _SAMPLES = 8  # images in a picture
 _STREAM = 3  # the pairs' own random numbers
 
@@ -37,14 +36,17 @@ def flipped_share(made: Tensor, batch: Tensor, bank: Tensor, labels: Tensor) -> 
     return (before & ~after).sum() / before.sum().clamp(min=1)
 
 
-def camera_pairs(sources: Sources, pairs: int, seed: int) -> np.ndarray:
-    """Random images, each with one of the same person from another camera: int64 (P, 2), P at most `pairs`."""
+def camera_pairs(identities: np.ndarray, cameras: np.ndarray, most: int | None, seed: int) -> np.ndarray:
+    """Random images, each with one of the same person from another camera: int64 (P, 2), P at most `most`."""
     random = np.random.default_rng((_STREAM, seed))
+    _, person, images = np.unique(identities, return_inverse=True, return_counts=True)
+    people = np.split(np.argsort(person, kind="stable"), np.cumsum(images)[:-1])
     found: list[tuple[int, int]] = []
-    for i in random.permutation(len(sources)):
-        if len(found) == pairs:
+    for i in random.permutation(len(identities)):
+        if len(found) == most:
             break
-        others = np.flatnonzero((sources.labels == sources.labels[i]) & (sources.cameras != sources.cameras[i]))
+        others = people[person[i]]
+        others = others[cameras[others] != cameras[i]]
         if len(others):
             found.append((int(i), int(random.choice(others))))
     return np.array(found, np.int64).reshape(-1, 2)
@@ -52,14 +54,23 @@ def camera_pairs(sources: Sources, pairs: int, seed: int) -> np.ndarray:
 
 @torch.no_grad()
 def camera_distance(
-    trunk: Trunk, store: ImageStore, sources: Sources, *, batch_size: int, seed: int, device: torch.device
+    trunk: Trunk,
+    store: ImageStore,
+    identities: np.ndarray,
+    cameras: np.ndarray,
+    *,
+    most: int | None = None,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
 ) -> float | None:
-    """How far φ of one person in two cameras is apart: eq. 4's mean over up to 256 pairs, the measure of L_C.
+    """How far φ of one person in two cameras is apart, eq. 4's mean over pairs: the measure of L_C.
 
     Args:
         trunk: with φ, on the device.
-        store: the images of the sources.
-        sources: identities and cameras.
+        store: N images.
+        identities, cameras: of each, int64 (N,).
+        most: pairs that are looked at; None: one of every image that has a partner.
         batch_size: images that the trunk gets at once; no more φ than theirs are in memory.
         seed: of the choice of pairs.
         device: where the trunk is.
@@ -67,7 +78,7 @@ def camera_distance(
     Returns:
         the mean; None where no person was seen by two cameras.
     """
-    pairs = camera_pairs(sources, _PAIRS, seed)
+    pairs = camera_pairs(identities, cameras, most, seed)
     total = 0.0
     for start in range(0, len(pairs), max(1, batch_size // 2)):
         part = pairs[start : start + max(1, batch_size // 2)]

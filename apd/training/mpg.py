@@ -16,12 +16,12 @@ from apd.data.images import ImageStore
 from apd.data.loading import images_in_order, training_batches
 from apd.errors import InputError
 from apd.models.mpgnet import Discriminator, Generator, discriminator_loss, generator_losses
-from apd.models.trunk import Trunk
+from apd.models.trunk import Trunk, build_trunk
 from apd.run import GENERATOR, save_tensors
 from apd.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
 from apd.training.engine import CheckpointClock, LossGuard, seed_step
 from apd.training.log import StageLog
-from apd.training.monitors import camera_distance, flipped_share, sample_grid, sample_images
+from apd.training.monitors import REFERENCE_PAIRS, camera_distance, flipped_share, sample_grid, sample_images
 from apd.training.sources import Sources
 
 STAGE = "mpg"
@@ -86,6 +86,22 @@ class NegativeSampler:
                     yield batch
 
 
+def check_mpg(sources: Sources, config: Config) -> None:
+    """Raise now what would end stage 1 before its first step, and so waste the training of its trunk.
+
+    Raises:
+        InputError: too few images for a batch, a source of one identity, or a trunk that is not to be had.
+    """
+    _sampler(sources, config)
+    if config.mpg.trunk not in ("auto", "self"):
+        build_trunk(config.mpg.trunk, config.mpg.trunk_weights)
+
+
+def _sampler(sources: Sources, config: Config) -> NegativeSampler:
+    options = config.mpg
+    return NegativeSampler(sources.labels, sources.domains, options.batch_size, options.negatives, config.seed)
+
+
 @torch.no_grad()
 def deep_features(trunk: Trunk, store: ImageStore, batch_size: int, workers: int, device: torch.device) -> Tensor:
     """ψ of all images, (N, D): with a frozen trunk they are computed once, and negatives are rows of this bank."""
@@ -110,7 +126,7 @@ def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device:
     """
     options: MPGConfig = config.mpg
     store = ImageStore(sources.paths, (config.data.height, config.data.width), cache=config.data.cache)
-    sampler = NegativeSampler(sources.labels, sources.domains, options.batch_size, options.negatives, config.seed)
+    sampler = _sampler(sources, config)
     on = torch.device(device)
     # float16 would need its losses scaled, for two optimisers in turn; stage 1 then takes float32.
     autocast = torch.autocast(on.type, torch.bfloat16, enabled=config.precision == "bf16")
@@ -134,7 +150,16 @@ def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device:
     trunk = trunk.to(on)
     bank = deep_features(trunk, store, options.batch_size, config.data.workers, on)
     labels = torch.from_numpy(sources.labels).to(on)
-    apart = camera_distance(trunk, store, sources, batch_size=options.batch_size, seed=config.seed, device=on)
+    apart = camera_distance(
+        trunk,
+        store,
+        sources.labels,
+        sources.cameras,
+        most=REFERENCE_PAIRS,
+        batch_size=options.batch_size,
+        seed=config.seed,
+        device=on,
+    )
     samples = sample_images(store).to(on)
     batches = training_batches(
         store,

@@ -165,6 +165,6 @@ def train_sp(run: Path, sources: Sources, validation: list[list[Sample]], config
         guard.settle()
         if writes and start < steps:
             clock.save(steps)
-    if writes and not chosen:
+    if writes and chosen.best < 0:  # nothing was held out, or there was no step after which to validate
         save_tensors(run / WEIGHTS, model)
     return log.seconds

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import time
 import warnings
@@ -25,7 +27,7 @@ from apd.models.trunk import BaselineTrunk, Trunk, build_trunk, resolve_trunk
 from apd.run import CONFIG, GENERATOR, INFO, WEIGHTS, Run, update_info
 from apd.synthesis import synthesize, synthesized_folders
 from apd.training.engine import check_precision
-from apd.training.mpg import train_mpg
+from apd.training.mpg import check_mpg, train_mpg
 from apd.training.ranks import join, on_first, own_rows
 from apd.training.sources import Sources, gather_sources
 from apd.training.sp import check_sp, train_sp
@@ -56,13 +58,17 @@ def start_run(path: Path, config: Config, data: Sequence[Path | str | DataSpec])
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DataWarning)  # they are given when the training begins
-        sources, _ = _gathered([read_source(spec) for spec in specs], config)
+        folders = [read_source(spec) for spec in specs]
+    sources, _ = _gathered(folders, config)
+    if config.perturbation in ("generator", "both"):
+        check_mpg(sources, config)
     check_sp(sources, config)
     config = _with_absolute_paths(config)
     path.mkdir(parents=True, exist_ok=True)
     update_info(
         path,
         data=[str(spec) for spec in specs],
+        images=_listing(folders),
         started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions={"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
     )
@@ -108,9 +114,21 @@ def _read_sources(run: Run) -> list[ReidFolder]:
     folders = [read_source(source) for source in run.info().get("data", [])]
     if not folders:
         raise InputError(f"{run.path / INFO}: names no data folders")
+    if run.info().get("images", _listing(folders)) != _listing(folders):
+        names = ", ".join(str(folder.path) for folder in folders)
+        raise InputError(
+            f"{run.path}: began with other training images than there are now in {names}; expected the same files, "
+            "identities and cameras"
+        )
     for folder in folders:
         console.print(f"source {folder.path.name}: {_counts(folder.train)}", soft_wrap=True)
     return folders
+
+
+def _listing(folders: Sequence[ReidFolder]) -> str:
+    """SHA-256 of what there is to train on: with other files a run would go on with other classes and batches."""
+    listed = [[(sample.path.name, sample.pid, sample.camid) for sample in folder.train] for folder in folders]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
 def _train_generator(run: Run, sources: Sources, device: str) -> None:
@@ -123,9 +141,11 @@ def _train_generator(run: Run, sources: Sources, device: str) -> None:
 def _trunk_choice(run: Run) -> str:
     """What ``auto`` stands for is decided once: a run that goes on has the ψ and φ that it began with, or an error."""
     options = run.config.mpg
-    name = run.info().get("trunk_choice") or resolve_trunk(options.trunk, options.trunk_weights)
-    update_info(run.path, trunk_choice=name)
-    return name
+    chosen = run.info().get("trunk_choice")
+    if chosen is None:  # else nothing is written: a report may be of a run in a folder that is read-only
+        chosen = resolve_trunk(options.trunk, options.trunk_weights)
+        update_info(run.path, trunk_choice=chosen)
+    return chosen
 
 
 def _train_trunk(run: Run, device: str) -> None:
