@@ -26,7 +26,6 @@ from apd_kernels._core.evaluation_rows import largest_of, scale_of
 from apd_kernels._core.operators import implementation_context, internal_dtype
 from apd_kernels._core.ranks import RankMetrics, check_labels, check_options, metrics_of_blocks
 from apd_kernels._core.rows import unit_rows
-from apd_kernels._core.threads import each_block
 from apd_kernels.neighbors import Neighbors
 from apd_kernels.reference import rerank as reference
 
@@ -169,7 +168,7 @@ class RerankedDistances:
 
     def _each(self, work: Callable[[slice], None]) -> None:
         """Of every block of queries, in threads on the CPU."""
-        each_block(self._largest, work, reference.blocks(self.shape[0], self._distances.count))
+        reference.each_rows(self._largest, work, self.shape[0], self._distances.count)
 
     @torch.no_grad()
     def _block(self, queries: Tensor) -> Tensor:
@@ -374,7 +373,7 @@ def _gathered(block_of: Callable[[slice], Tensor], like: Tensor, count: int) -> 
     def work(rows: slice) -> None:
         result[rows] = block_of(rows)
 
-    each_block(like, work, reference.blocks(count, count))
+    reference.each_rows(like, work, count, count)
     return result
 
 
@@ -386,7 +385,7 @@ def _gathered_sparse(block_of: Callable[[slice], Tensor], like: Tensor, count: i
 
     empty = like.new_empty(0)
     parts = [(empty.new_zeros(1).long(), empty.long(), empty)]
-    parts += each_block(like, work, reference.blocks(count, count))
+    parts += reference.each_rows(like, work, count, count)
     lengths, columns, values = map(torch.cat, zip(*parts, strict=True))
     return torch.sparse_csr_tensor(
         lengths.cumsum(0),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -130,3 +132,31 @@ def test_threads_and_blocks_do_not_change_the_result(threads: int, monkeypatch: 
         assert all(map(torch.equal, everything(), wanted))
     finally:
         torch.set_num_threads(before)
+
+
+def test_threads_have_a_limited_number_of_blocks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight threads and room for two blocks: two are worked on, on four threads each."""
+    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(reference, "IN_FLIGHT", 2 * reference.TILE_ROWS * 100)
+    lock, running, most, inner = threading.Lock(), 0, 0, set()
+
+    def work(rows: slice) -> int:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+            inner.add(torch.get_num_threads())
+        time.sleep(0.01)
+        with lock:
+            running -= 1
+        return rows.start
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(8)
+        found = reference.each_rows(torch.empty(0), work, 20 * reference.TILE_ROWS, 100)
+    finally:
+        torch.set_num_threads(before)
+    assert found == [reference.TILE_ROWS * i for i in range(20)]
+    assert most == 2
+    assert inner == {4}

@@ -10,7 +10,7 @@ Every sum is taken in one order (neighbours by rank, columns ascending), on ever
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -18,10 +18,12 @@ from torch import Tensor
 
 from apd_kernels._core.operators import internal_dtype
 from apd_kernels._core.rows import BLOCK_ELEMENTS
-from apd_kernels._core.threads import each_block
+from apd_kernels._core.threads import Result, each_block
 
 # On the CPU products are taken in tiles of one shape, so that equal columns give equal bits: see reference/ranking.py.
 TILE_ROWS, TILE_COLUMNS = 256, 384
+# Elements of the blocks of all threads: with their temporaries about 1 GB of float32.
+IN_FLIGHT = 1 << 27
 SHARE = 3, 2  # a set is added to R(i) when 3 · overlap > 2 · its size
 
 
@@ -35,6 +37,12 @@ def blocks(count: int, columns: int) -> Iterator[slice]:
     size = rows_at_once(columns)
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
+
+
+def each_rows(x: Tensor, work: Callable[[slice], Result], count: int, columns: int) -> list[Result]:
+    """`work` of every one of the `blocks`, of which threads on the CPU have IN_FLIGHT elements at once."""
+    at_once = max(1, IN_FLIGHT // (rows_at_once(columns) * max(1, columns)))
+    return each_block(x, work, blocks(count, columns), at_once)
 
 
 class Distances(Protocol):
@@ -137,7 +145,7 @@ def neighbours(distances: Distances, k: int) -> tuple[Tensor, Tensor]:
         indices[rows] = nearest(block, k)[1]
         largest[rows] = block.amax(1)
 
-    each_block(like, work, blocks(count, count))
+    each_rows(like, work, count, count)
     return indices, largest
 
 
@@ -211,7 +219,7 @@ def _expanded(lists: Tensor, half_lists: Tensor) -> tuple[Tensor, Tensor]:
         keys = (place * count + union)[union != nothing].unique()
         return torch.bincount(keys // count, minlength=len(own)), keys % count
 
-    parts = each_block(lists, work, blocks(count, max(count, lists.shape[1] * half_lists.shape[1])))
+    parts = each_rows(lists, work, count, max(count, lists.shape[1] * half_lists.shape[1]))
     lengths, columns = map(torch.cat, zip(*parts, strict=True))
     return _starts(lengths), columns
 
@@ -246,7 +254,7 @@ def _weights(
         total = torch.segment_reduce(weight, "sum", lengths=lengths)
         values[entry] = (weight / total[place]).to(dtype)
 
-    each_block(columns, work, blocks(distances.count, distances.count))
+    each_rows(columns, work, distances.count, distances.count)
     return Sparse(starts, columns, values)
 
 
