@@ -35,6 +35,7 @@ from apd.training.engine import LossGuard
 from apd.training.log import read_metrics
 from apd.training.sources import Sources, gather_sources, split_validation
 from apd.training.sp import rate, total_steps
+from apd.training.step import TrainingStep
 from apd.training.train import make_trunk, start_run, train_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -391,13 +392,32 @@ def test_loss_that_is_not_finite_names_step_and_images(
 
 def test_losses_of_a_gpu_are_looked_at_together() -> None:
     """In order; what is written waits for the look."""
-    guard = LossGuard("sp", [Path(f"{i}.png") for i in range(9)])
+    guard = LossGuard("sp", [Path(f"{i}.png") for i in range(9)], [])
     waiting = [torch.tensor(value) for value in (1.0, torch.inf, torch.nan)]
     for step, loss in enumerate(waiting, 1):
         guard._waiting.append((step, loss, torch.tensor([step, step + 3, step])))
     with pytest.raises(InputError, match=r"step 2 is inf.* The step's 2 images: 2\.png, 5\.png$"):
         guard.settle()
     guard.settle()  # said once
+
+
+def test_weights_that_are_not_finite_are_never_saved(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finite loss may have a gradient that is not."""
+
+    def broken(self: TrainingStep, step: int, *rest: Any) -> dict[str, torch.Tensor]:
+        losses = backward(self, step, *rest)
+        if step == 4:
+            next(self._model.parameters()).grad.fill_(torch.nan)
+        return losses
+
+    backward = TrainingStep.backward
+    monkeypatch.setattr(TrainingStep, "backward", broken)
+    with pytest.raises(InputError, match=r"sp: the weights after step 4 are not finite.* images: "):
+        trained(tmp_path / "run", data, "perturbation=none", "train.clip=null")
+    assert not (tmp_path / "run" / "best.safetensors").exists()
+    assert not list((tmp_path / "run").glob("last/*4.pt"))
 
 
 def test_diverged_training_is_stopped(tmp_path: Path, data: Path) -> None:

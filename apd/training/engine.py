@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor
+from torch import Tensor, nn
 
 from apd.config import Config
 from apd.errors import InputError
@@ -46,20 +46,23 @@ def seed_step(seed: int, stage: int, step: int, place: int = 0) -> None:
 
 
 class LossGuard:
-    """Ends a training whose loss is not finite, and names the step and its images.
+    """Ends a training whose loss or weights are not finite, and names the step and its images.
 
     On a GPU a look at a loss waits for it. There the losses of several steps are looked at together, at the latest
-    before anything of them is written.
+    before anything of them is written; the weights on every device only then.
 
     Args:
         stage: for the message.
         paths: the training images.
+        networks: what is trained.
     """
 
-    def __init__(self, stage: str, paths: Sequence[Path]) -> None:
+    def __init__(self, stage: str, paths: Sequence[Path], networks: Sequence[nn.Module]) -> None:
         self._stage = stage
         self._paths = paths
+        self._networks = networks
         self._waiting: list[tuple[int, Tensor, Tensor]] = []
+        self._last: tuple[int, Tensor] | None = None  # step and images whose weights are not looked at yet
 
     def watch(self, step: int, loss: Tensor, indices: Tensor) -> None:
         """Take note of a step.
@@ -73,25 +76,38 @@ class LossGuard:
             InputError: the loss, or one before it, is not finite.
         """
         self._waiting.append((step, loss.detach(), indices))
+        self._last = step, indices
         if not loss.is_cuda:
-            self.settle()
+            self._look_at_losses()
 
     def settle(self) -> None:
-        """Look at the losses of all steps since the last look.
+        """Look at the losses of all steps since the last look, and at the weights.
 
         Raises:
             InputError: one is not finite.
         """
+        self._look_at_losses()
+        if self._last is None:
+            return
+        step, indices = self._last
+        weights = [weight.isfinite().all() for network in self._networks for weight in network.parameters()]
+        if not torch.stack(weights).all():
+            raise self._error(f"the weights after step {step} are not finite", indices)
+        self._last = None
+
+    def _look_at_losses(self) -> None:
         waiting, self._waiting = self._waiting, []
         losses = torch.stack([loss for _, loss, _ in waiting]).tolist() if waiting else []
         for (step, _, indices), loss in zip(waiting, losses, strict=True):
             if not math.isfinite(loss):
-                images = list(dict.fromkeys(str(self._paths[i]) for i in indices.tolist()))
-                raise InputError(
-                    f"{self._stage}: the loss of step {step} is {loss}: the training diverged; a lower learning rate "
-                    f"or gradient clipping may keep it stable. The step's {len(images)} images: "
-                    f"{', '.join(images[:_NAMED])}{', …' * (len(images) > _NAMED)}"
-                )
+                raise self._error(f"the loss of step {step} is {loss}", indices)
+
+    def _error(self, what: str, indices: Tensor) -> InputError:
+        images = list(dict.fromkeys(str(self._paths[i]) for i in indices.tolist()))
+        return InputError(
+            f"{self._stage}: {what}: the training diverged; a lower learning rate or gradient clipping may keep it "
+            f"stable. The step's {len(images)} images: {', '.join(images[:_NAMED])}{', …' * (len(images) > _NAMED)}"
+        )
 
 
 class CheckpointClock:

@@ -179,7 +179,7 @@ def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device:
             log.flush()
             save_checkpoint(run, STAGE, step, {**state, "log": log.state()})
 
-        guard = LossGuard(STAGE, sources.paths)
+        guard = LossGuard(STAGE, sources.paths, list(networks.values()))
         clock = CheckpointClock(config.checkpoint_minutes, save)
         for step, batch in enumerate(batches, start + 1):
             seed_step(config.seed, _STREAM, step)

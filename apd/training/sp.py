@@ -124,7 +124,7 @@ def train_sp(run: Path, sources: Sources, validation: list[list[Sample]], config
     chosen = Validation(run, validation, size, every=every, workers=config.data.workers, best=best)
     labels = torch.from_numpy(sources.labels)
     batches = _batches(sources, config, model.mean_colour, accelerator.device, own, start, steps)
-    work, guard = TrainingStep(model, config, accelerator), LossGuard(STAGE, sources.paths)
+    work, guard = TrainingStep(model, config, accelerator), LossGuard(STAGE, sources.paths, [model])
     title = "baseline" if config.model.ssd == "none" else "SP-Net"
     writes = accelerator.is_main_process
     log = StageLog(run, STAGE, title, start, steps, every=config.log_steps, state=logged) if writes else Unlogged()
