@@ -319,7 +319,7 @@ _PLOTS = {
         _Curve("mpg", "loss_s", "L_S, second pass"),
     ),
     "Stage 1: share of a batch whose nearest neighbour flips": (_Curve("mpg", "flipped", "flipped"),),
-    "Stage 1: content, φ-distance of G(x) and x": (_Curve("mpg", "loss_c", "L_C"),),
+    "Stage 1: content, φ-distance of G(x) and x over that between cameras": (_Curve("mpg", "content", "content"),),
     "Stage 2: losses": (
         _Curve("sp", "loss_k", "L_K"),
         _Curve("sp", "loss_nk", "L_NK"),
