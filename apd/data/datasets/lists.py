@@ -18,7 +18,8 @@ _MSMT17_LISTS = {
     "gallery": ("list_gallery.txt",),
 }
 _MSMT17_FOLDERS = {"v1": ("train", "test"), "v2": ("mask_train_v2", "mask_test_v2")}
-_MSMT17_LINE = re.compile(r"(?P<file>\S+_\S+_(?P<camid>[0-9]{1,3})_\S+) +(?P<pid>[0-9]{1,4})")
+# The camera is the third field: 0013/0013_003_01_0303morning_0164_1_ex.jpg is of camera 1.
+_MSMT17_LINE = re.compile(r"(?P<file>[^\s_]+_[^\s_]+_(?P<camid>[0-9]{1,3})_\S+) +(?P<pid>[0-9]{1,4})")
 _MSMT17_TEST = 10_000  # added to the identities of the test, which are numbered from 0 again
 
 _COLUMNS = ("path", "pid", "camid", "split")
