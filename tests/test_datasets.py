@@ -136,6 +136,12 @@ def test_msmt17(tmp_path: Path) -> None:
     assert read(f"msmt17/v1:{tmp_path}")[0].path == one
     assert "mask_train_v2" in str(read(two)[0].train[0].path)
 
+    extra = "0000/0000_003_12_0303morning_0164_1_ex.jpg"  # some names go on behind the number of the track
+    miniatures.draw(two / "mask_train_v2" / extra, 0, 12)
+    with (two / "list_train.txt").open("a") as lines:
+        lines.write(f"{extra} 0\n")
+    assert (Path(extra).name, 1, 12) in labels(read(two)[0].train)
+
     (one / "train" / "0000" / "0000_001_02_0303morning_0001_1.jpg").unlink()
     folder, said = read(f"msmt17:{one}")
     assert len(folder.train) == 8
@@ -155,6 +161,8 @@ def test_cuhk03_variants(tmp_path: Path) -> None:
     path = miniatures.cuhk03(tmp_path)
     assert len(read(f"cuhk03:{path}")[0].train) == len(read(f"CUHK03-NP/detected:{path}")[0].train) == 16
     assert len(read(f"cuhk03/labeled:{path}")[0].train) == len(read(f"cuhk03:{path / 'labeled'}")[0].train) == 17
+    with pytest.raises(InputError, match="expected the variant 'labeled', got the folder of 'detected'"):
+        read(f"cuhk03/labeled:{path / 'detected'}")
     raw = tmp_path / "raw"
     (raw / "cuhk03_release").mkdir(parents=True)
     with pytest.raises(InputError, match="no folder 'detected'"):

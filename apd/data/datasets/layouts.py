@@ -19,6 +19,7 @@ Label = Callable[[re.Match[str]], tuple[int, int] | None]  # identity and camera
 
 _PRID_IN_BOTH = 200  # people of PRID that both cameras saw
 _PRID_IN_A = 385
+CUHK03_VARIANTS = ("detected", "labeled")
 CUHK02_PAIRS = ("P1", "P2", "P3", "P4", "P5")
 _CUHK02_TEST = "P5"
 _RAW_CUHK03 = ("cuhk-03.mat", "cuhk03_release/cuhk-03.mat")
@@ -75,12 +76,15 @@ def read_cuhk03(root: Path, parts: Sequence[str], variant: str) -> ReidFolder:
     """CUHK03-NP (Zhong et al. 2017): folders ``detected`` and ``labeled``, each in the layout of Market-1501.
 
     Raises:
-        InputError: the folder holds CUHK03's raw ``cuhk-03.mat``, which is not read, or not the variant.
+        InputError: the folder holds CUHK03's raw ``cuhk-03.mat``, which is not read, or not the variant, or the path is
+            the folder of the other one.
     """
     folder = root / variant
     if not folder.is_dir():
         if any((root / name).is_dir() for name in FOLDERS.values()):
             folder = root  # the folder of a variant itself
+            if root.name.lower() in CUHK03_VARIANTS and root.name.lower() != variant:
+                raise InputError(f"{root}: expected the variant {variant!r}, got the folder of {root.name.lower()!r}")
         elif any((root / raw).is_file() for raw in _RAW_CUHK03):
             raise InputError(
                 f"{root}: holds the raw cuhk-03.mat (MATLAB 7.3), which is not read; take CUHK03-NP, with the folders "

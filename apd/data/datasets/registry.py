@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from apd.data.datasets.layouts import (
+    CUHK03_VARIANTS,
     read_cuhk02,
     read_cuhk03,
     read_cuhk_sysu,
@@ -135,14 +136,13 @@ _KNOWN = (
         layouts=(("detected", "labeled"), ("detected",), ("labeled",), *_MARKET_LAYOUT),
         inside=("cuhk03-np", "CUHK03-NP"),
         aliases=("cuhk03-np",),
-        variants=("detected", "labeled"),
+        variants=CUHK03_VARIANTS,
         variant_in=lambda folder: "labeled" if folder.name.lower() == "labeled" else "detected",
         published={
             "train/detected": Published(7_365, 767),
-            "query/detected": Published(1_400, 700),
+            "query": Published(1_400, 700),
             "gallery/detected": Published(5_332, 700),
             "train/labeled": Published(7_368, 767),
-            "query/labeled": Published(1_400, 700),
             "gallery/labeled": Published(5_328, 700),
         },
     ),
