@@ -11,6 +11,7 @@ table.md, table.json
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -135,12 +136,13 @@ def _tested(run: Run, task: Task, data: Mapping[str, DataSpec], output: Path, de
     results = {}
     for target in task.targets:
         path = output / "results" / f"{task.folder}-{target}.json"
-        result = _read_result(path, run.fingerprint())
+        lists = output / "splits" / f"{target}.json"
+        result = _read_result(path, _of(run, lists))
         if result is None:
             extractor = extractor or load_extractor(str(run.path), device)
-            result = evaluate_target(extractor, data[target], output / "splits" / f"{target}.json")
+            result = evaluate_target(extractor, data[target], lists)
             path.parent.mkdir(exist_ok=True)
-            write_json(path, {"weights": run.fingerprint(), **asdict(result)})
+            write_json(path, {**_of(run, lists), **asdict(result)})
         console.print(f"{target}: mAP {_cell(result, 'mAP')}, rank-1 {_cell(result, 'rank-1')}, in %", soft_wrap=True)
         results[target] = result
     return results
@@ -198,11 +200,17 @@ def _measure(rows: FeatureSet, splits: Sequence[Split], device: str) -> TargetRe
     return TargetResult(queries, left_out, found)
 
 
-def _read_result(path: Path, fingerprint: str) -> TargetResult | None:
-    """A result that was written before; None where there is none, or that of another network."""
+def _of(run: Run, lists: Path) -> dict[str, str | None]:
+    """What a result is of: the network, and the splits where there are some."""
+    splits = hashlib.sha256(lists.read_bytes()).hexdigest() if lists.exists() else None
+    return {"weights": run.fingerprint(), "lists": splits}
+
+
+def _read_result(path: Path, of: Mapping[str, str | None]) -> TargetResult | None:
+    """A result that was written before; None where there is none, or that of another network or of other splits."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content.pop("weights") == fingerprint:
+        if {key: content.pop(key, "") for key in of} == of:
             return TargetResult(**content)
     except FileNotFoundError:
         pass

@@ -170,6 +170,19 @@ def test_a_protocol_goes_on_where_it_was(p1: tuple[Path, str], root: Path, monke
     assert tested == ["viper"]
     assert weights.stat().st_mtime_ns == written
     assert figures(output) == before
+    lists = output / "splits" / "viper.json"  # other splits are another test
+    own = lists.read_text()
+    lists.write_text(json.dumps(json.loads(own)[:3]))
+    run("protocol", "run", "P1", "--data-root", root, "--output", output, *TINY)
+    (found,) = figures(output)["results"].values()
+    assert (tested, found["viper"]["splits"]) == (["viper", "viper"], 3)
+    lists.write_text("[]")
+    assert f"Error: {lists}: expected a list of splits, got an empty one" in run(
+        "protocol", "run", "P1", "--data-root", root, "--output", output, *TINY, code=2
+    )
+    lists.write_text(own)
+    run("protocol", "run", "P1", "--data-root", root, "--output", output, *TINY)
+    assert figures(output) == before
     arguments = ("protocol", "run", "P1", "--data-root", root, "--output", output, *TINY)
     assert "was begun with config.train.steps 2, not 3" in error(*arguments, "train.steps=3")
     labeled = f"cuhk03/labeled:{root / 'cuhk03-np'}"

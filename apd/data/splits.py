@@ -177,12 +177,12 @@ def read_splits(path: Path, names: Sequence[str]) -> list[Split]:
     """The splits that `write_splits` wrote, as rows of `names`.
 
     Raises:
-        InputError: the file is damaged, or names an image that is not there.
+        InputError: the file is damaged, holds no split, or names an image that is not there.
     """
     places = {name: row for row, name in enumerate(names)}
     try:
         lists = json.loads(path.read_text(encoding="utf-8"))
-        return [
+        splits = [
             Split(*(np.array([places[name] for name in one[side]], np.int64) for side in ("query", "gallery")))
             for one in lists
         ]
@@ -190,3 +190,6 @@ def read_splits(path: Path, names: Sequence[str]) -> list[Split]:
         raise InputError(f"{path}: names {error}, which is not among the {len(places)} images") from None
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: expected a list of splits with query and gallery, as JSON: {error}") from error
+    if not splits:
+        raise InputError(f"{path}: expected a list of splits, got an empty one")
+    return splits
