@@ -324,6 +324,7 @@ def test_wrong_commands(place: Path) -> None:
     base = ("ablate", place / "rows.yaml", "--data", place / "source", "--output", place / "wrong")
     unseen, other = ("--target", place / "unseen"), ("--target", place / "other")
     assert "--target: no folder of other; give NAME=FOLDER" in error(*base, *unseen)
+    assert "--target unseen: given twice" in error(*base, *unseen, "--target", f"unseen={place / 'other'}")
     assert "has the targets unseen, other" in error(*base, *unseen, *other, "--target", place / "source")
     assert "is a source; a target is never trained on" in error(*base, *unseen, "--target", f"other={place / 'source'}")
     assert "table2.md: no such file" in error(*base, *unseen, *other, "--into", place / "table2.md")

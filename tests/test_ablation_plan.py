@@ -141,6 +141,11 @@ def test_result_file(tmp_path: Path) -> None:
     results.add({"row": "a", "seed": 0, "value": 3})
     assert [json.loads(line)["value"] for line in path.read_text().splitlines()] == [1, 2, 3]
     assert {key: line["value"] for key, line in ResultFile(path).latest.items()} == {("a", 0): 3, ("a", None): 2}
-    path.write_text(path.read_text() + '{"row": "a"')
-    with pytest.raises(InputError, match=r"results\.jsonl: line 4: not a result of an ablation"):
+    results.add({"row": "b", "seed": 0, "bracket": {"title": "two\u2028lines"}})
+    assert ("b", 0) in ResultFile(path).latest
+    path.write_text(path.read_text(encoding="utf-8") + '{"row": "a"', encoding="utf-8")
+    with pytest.raises(InputError, match=r"results\.jsonl: line 5: not a result of an ablation"):
+        ResultFile(path)
+    path.write_bytes(b"\xff\n")
+    with pytest.raises(InputError, match="not UTF-8"):
         ResultFile(path)

@@ -31,7 +31,7 @@ class ResultFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._lines: list[str] = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self._lines: list[str] = _lines(path) if path.exists() else []
         self.latest: dict[Key, dict[str, Any]] = {}  # the last line of each run
         for number, text in enumerate(self._lines, 1):
             self._note(text, f"{path}: line {number}")
@@ -49,6 +49,15 @@ class ResultFile:
             self.latest[line["row"], line["seed"]] = line
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{where}: not a result of an ablation: {error}") from error
+
+
+def _lines(path: Path) -> list[str]:
+    """Ended by line feeds alone: a title may hold other characters that `str.splitlines` takes for an end."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text: {error}") from error
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 class Summary(NamedTuple):

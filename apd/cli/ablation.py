@@ -57,6 +57,7 @@ def ablate(
     from apd.ablation.plan import load_plan
     from apd.ablation.tables import around, insert, markdown, tables
     from apd.display import console, print_table, print_written
+    from apd.errors import InputError
     from apd.files import write_text
 
     plan = load_plan(file)
@@ -66,7 +67,10 @@ def ablate(
     for text in target:
         name, equals, folder = text.partition("=")
         path = Path(folder if equals else text)
-        folders[name if equals else path.name] = path
+        name = name if equals else path.name
+        if name in folders:
+            raise InputError(f"--target {name}: given twice, {folders[name]} and {path}")
+        folders[name] = path
     output.mkdir(parents=True, exist_ok=True)
     ablation = Ablation(plan, data=data, targets=folders, output=output, device=on, features=features)
     failed = ablation.execute(jobs, train=not no_train)
