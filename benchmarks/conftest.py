@@ -3,9 +3,9 @@
 A candidate's result is first compared with a float64 reference: a wrong result fails and is never timed. Wall time is
 what pytest-benchmark reports, from the call to the finished result (the device is synchronised). Beside it stands the
 peak of memory during one call, above what was held before: of PyTorch's allocator, and on a CPU of the whole process,
-whichever is more; of work of more than a second the latter alone. Work of more than ten seconds is timed once. On CUDA two times between events, with the L2
-cache flushed before each run, are recorded too: of the call, and of a replay of the CUDA graph that a call is captured
-in, which is the device's work without Python's.
+whichever is more; of work of more than a second the latter alone. Work of more than ten seconds is timed once. On CUDA
+two times between events, with the L2 cache flushed before each run, are recorded too: of the call, and of a replay of
+the CUDA graph that a call is captured in, which is the device's work without Python's.
 
 The candidate "floor" is the work that no implementation can leave out: the product or the copy, as PyTorch does it.
 Nothing is compared where `expected` is empty: a floor, or a result that the suite has checked itself.
