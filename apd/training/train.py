@@ -114,7 +114,8 @@ def _read_sources(run: Run) -> list[ReidFolder]:
     folders = [read_source(source) for source in run.info().get("data", [])]
     if not folders:
         raise InputError(f"{run.path / INFO}: names no data folders")
-    if run.info().get("images", _listing(folders)) != _listing(folders):
+    began = run.info().get("images")  # runs of older versions do not say
+    if began is not None and began != _listing(folders):
         names = ", ".join(str(folder.path) for folder in folders)
         raise InputError(
             f"{run.path}: began with other training images than there are now in {names}; expected the same files, "

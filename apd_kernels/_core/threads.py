@@ -17,9 +17,9 @@ def in_threads(work: Callable[[Item], Result], items: Iterable[Item], at_once: i
     """`work` of every item, in order; as many at once as PyTorch has threads, and each of them on one.
 
     At most `at_once` of them, each then on more threads, where their memory together would be too much. Fewer than four
-    items a thread are taken one after the other, each on all cores: at the end threads would be idle,
-    and their start and their own memory cost more than they bring (560 queries of 3,190 images on 2 cores: 74 ms with
-    threads, 49 without).
+    items a thread are taken one after the other, each on all cores: at the end threads would be idle, and their start
+    and their own memory cost more than they bring (560 queries of 3,190 images on 2 cores: 74 ms with threads, 49
+    without).
 
     A pass of many small operations over a block that stays in one core's cache beats every operation on all cores:
     those wait for each other thousands of times, and for whatever else the machine does.
