@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from types import ModuleType
 
 import torch
@@ -31,17 +31,16 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_named: ContextVar[str | None] = ContextVar(
-    "apd_kernels_backend",
-    default=_checked(os.environ[ENVIRONMENT_VARIABLE], ENVIRONMENT_VARIABLE)
-    if os.environ.get(ENVIRONMENT_VARIABLE)
-    else None,
-)
+_DEFAULT = os.environ.get(ENVIRONMENT_VARIABLE) or None
+if _DEFAULT is not None:
+    _checked(_DEFAULT, ENVIRONMENT_VARIABLE)
+# Not a ContextVar, which torch.compile cannot read before PyTorch 2.12; of this kind, and no class of our own, it can.
+_named = threading.local()
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every operation inside the block on one named backend.
+    """Run every operation of this thread inside the block on one named backend.
 
     Args:
         name: ``"triton"`` or ``"torch"``.
@@ -57,21 +56,22 @@ def use_backend(name: str) -> Iterator[None]:
     tensor([[0., 2.],
             [2., 0.]])
     """
-    token = _named.set(_checked(name, "name"))
+    outside = named_backend()
+    _named.backend = _checked(name, "name")
     try:
         yield
     finally:
-        _named.reset(token)
+        _named.backend = outside
 
 
 def named_backend() -> str | None:
     """The backend named by `use_backend` or the environment, None when the choice is automatic."""
-    return _named.get()
+    return getattr(_named, "backend", _DEFAULT)
 
 
 def resolve_backend(x: Tensor) -> str:
     """The backend that serves inputs like `x`; raises when a named one cannot."""
-    name = _named.get()
+    name = named_backend()
     if name is None:
         return "triton" if x.is_cuda and HAS_TRITON and x.dtype != torch.float64 else "torch"
     if name == "triton":

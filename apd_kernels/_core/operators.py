@@ -96,7 +96,7 @@ def differentiable(
             return *backward(ctx, *gradients), None  # nothing for the keyset
 
     def autograd(keyset: Any, *inputs: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+        if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
             return Derivative.apply(*inputs, keyset)
         return _below_autograd(overload, keyset, inputs)
 
