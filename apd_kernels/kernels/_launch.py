@@ -18,7 +18,6 @@ from torch import Tensor
 
 from apd_kernels._core.backend import INTERPRETED
 
-
 # Capabilities from 100 on whose tensor cores are those of sm_80, not tcgen05.
 ADD_IN_REGISTERS = (120, 121)
 
