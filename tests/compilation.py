@@ -7,17 +7,31 @@ alignments are derived as Triton's own launcher derives them.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may use
-MATRIX_INSTRUCTION = {80: r"\bHMMA\b", 90: r"\bHGMMA\b", 100: r"\bUTC\w*MMA\b"}
+# Bytes a block may use.
+MAX_SHARED = {
+    80: 163 * 1024,
+    86: 99 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    103: 227 * 1024,
+    120: 99 * 1024,
+    121: 99 * 1024,
+}
+TENSOR_MEMORY = 512  # columns, of sm_100
+# In PTX, each of which becomes one instruction of the machine: HMMA, HGMMA, UTCHMMA and their like.
+MATRIX_INSTRUCTION = r"\bmma\.sync\b|\bwgmma\.mma_async\b|\btcgen05\.mma\b"
 _TYPES = {
     "torch.float16": "fp16",
     "torch.bfloat16": "bf16",
@@ -38,13 +52,39 @@ class Compiled:
     registers: int
     spilled: int  # bytes of stack or local memory
     matrix_instructions: int
-    float_operations: int  # FFMA and FADD, among them those that add the chunks of a product to its accumulator
-    tile: int  # elements of an accumulator in one thread's registers, 0 without a BM × BN tile
+    tensor_memory: int  # columns
+    traps: int
+
+
+_compiled: dict[tuple[str, str, int], Compiled] = {}
 
 
 def compile_launches(case: str, architecture: int) -> list[Compiled]:
     """Compile every launch of ``<module>:<function>``, a function without arguments that calls a launcher."""
     return [_compile(launch, architecture) for launch in _recorded(case, architecture)]
+
+
+def compile_tiles(cases: Sequence[str], architecture: int, kernels: Sequence[str]) -> list[Compiled]:
+    """Compile the first launch of each of `kernels` with each tile, of all that the cases launch."""
+    first: dict[tuple[Any, ...], Any] = {}
+    for case in cases:
+        for launch in _recorded(case, architecture):
+            if launch.kernel.__name__ in kernels:
+                first.setdefault((launch.kernel.__name__, *_sizes(launch)), launch)
+    return [_compile(launch, architecture) for launch in first.values()]
+
+
+def float_operations(case: str, architecture: int) -> dict[str, float]:
+    """FFMA and FADD for each element of an accumulator, of each kernel of a case that has a BM × BN tile."""
+    found = {}
+    for launch in _recorded(case, architecture):
+        options = launch.options
+        if "BM" in options and "BN" in options:
+            with _file_of(_build(launch, architecture).asm["cubin"]) as cubin:
+                code = _cuobjdump("-sass", cubin)
+            elements = options["BM"] * options["BN"] // (32 * options.get("num_warps", 4))
+            found[launch.kernel.__name__] = len(re.findall(r"\b(?:FFMA|FADD)2?\b", code)) / elements
+    return found
 
 
 def compile_for_gfx942(case: str) -> dict[str, tuple[int, int]]:
@@ -72,6 +112,7 @@ def specialisations(case: str, architecture: int) -> dict[str, int]:
     return {kernel: len(distinct) for kernel, distinct in keys.items()}
 
 
+@functools.lru_cache(64)
 def _recorded(case: str, architecture: int) -> list[Any]:
     from apd_kernels.kernels._launch import recording
 
@@ -100,24 +141,37 @@ def _specialisation(launch: Any) -> tuple[dict[str, Any], dict[Any, Any], dict[A
     return signature, constexprs, attributes, options
 
 
-def _compile(launch: Any, architecture: int) -> Compiled:
+def _build(launch: Any, architecture: int) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     signature, constexprs, attributes, options = _specialisation(launch)
     source = ASTSource(launch.kernel, signature, constexprs, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    registers, spilled, code = _read_cubin(compiled.asm["cubin"])
-    return Compiled(
-        kernel=launch.kernel.__name__,
-        shared=compiled.metadata.shared,
-        registers=registers,
-        spilled=spilled,
-        matrix_instructions=len(re.findall(MATRIX_INSTRUCTION[architecture], code)),
-        float_operations=len(re.findall(r"\b(?:FFMA|FADD)2?\b", code)),
-        tile=launch.options.get("BM", 0) * launch.options.get("BN", 0) // (32 * launch.options.get("num_warps", 4)),
-    )
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def _compile(launch: Any, architecture: int) -> Compiled:
+    """Once in a process, whatever cases launch it."""
+    name = launch.kernel.__name__
+    key = name, repr(_specialisation(launch)), architecture
+    if key not in _compiled:
+        built = _build(launch, architecture)
+        with _file_of(built.asm["cubin"]) as cubin:
+            usage = {
+                field: int(value)
+                for field, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", _cuobjdump("-res-usage", cubin))
+            }
+        _compiled[key] = Compiled(
+            kernel=name,
+            shared=built.metadata.shared,
+            registers=usage["REG"],
+            spilled=usage["STACK"] + usage["LOCAL"],
+            matrix_instructions=len(re.findall(MATRIX_INSTRUCTION, built.asm["ptx"])),
+            tensor_memory=getattr(built.metadata, "tmem_size", 0) or 0,
+            traps=len(re.findall(r"\btrap;", built.asm["ptx"])),
+        )
+    return _compiled[key]
 
 
 def _type(
@@ -142,20 +196,29 @@ def _type(
     return "*" + _TYPES[str(value.dtype)]
 
 
-def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+@contextmanager
+def _file_of(cubin: bytes) -> Iterator[str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-        code = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
-    fields = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return fields["REG"], fields["STACK"] + fields["LOCAL"], code
+        yield file.name
 
 
-def table(cases: Iterable[str], architectures: Iterable[int] = (80, 90, 100)) -> Iterator[str]:
+def _cuobjdump(option: str, cubin: str) -> str:
+    """``-res-usage`` takes milliseconds, ``-sass`` as long as to compile a kernel."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
+
+
+def _sizes(launch: Any) -> list[int]:
+    """Of its tile, and the number of warps."""
+    names = ("BM", "BLOCK", "BN", "BD", "BK")
+    return [*(launch.options[name] for name in names if name in launch.options), launch.options.get("num_warps", 4)]
+
+
+def table(cases: Iterable[str], architectures: Iterable[int] = (80, 89, 90, 100, 120)) -> Iterator[str]:
     """Markdown: what the compiler made of every product, of several sets of constants the most registers and so on."""
     yield "| launch | kernel | tile | sm | registers | spilled bytes | shared KB | matrix instructions |"
     yield "|---|---|---|---|---|---|---|---|"
@@ -163,12 +226,11 @@ def table(cases: Iterable[str], architectures: Iterable[int] = (80, 90, 100)) ->
     for case in cases:
         for architecture in architectures:
             for launch in _recorded(f"production:{case}", architecture):
-                options = launch.options
-                sizes = [options[name] for name in ("BM", "BLOCK", "BN", "BD", "BK") if name in options]
+                *sizes, warps = _sizes(launch)
                 compiled = _compile(launch, architecture)
                 if compiled.matrix_instructions == 0:
                     continue
-                tile = f"{'×'.join(map(str, sizes))}, {options.get('num_warps', 4)} warps"
+                tile = f"{'×'.join(map(str, sizes))}, {warps} warps"
                 found = [compiled.registers, compiled.spilled, compiled.shared // 1024, compiled.matrix_instructions]
                 key = (case, f"`{compiled.kernel}`", tile, str(architecture))
                 worst[key] = [max(pair) for pair in zip(found, worst.get(key, found), strict=True)]

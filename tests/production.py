@@ -568,3 +568,20 @@ ON_AMD = [
     contrastive_losses,
 ]
 """Compiled for AMD, too."""
+
+ON_AMD_SOON = [distance_split, triplet_batch, contrastive_losses]
+"""Of those, the ones of the default run."""
+
+VARIANTS = [
+    distance_half,
+    distance_bf16_of_fp32,
+    triplet_sets_half,
+    contrastive_losses_of_ruled_pairs,
+    contrastive_losses_tensor_cores,
+    contrastive_losses_half,
+    weighted_pairs_tensor_cores,
+    perturbation_loss_of_long_rows,
+    metric_perturb_of_half,
+    neighbors_excluding,
+]
+"""Kernels and tiles of other cases with other masks, precisions and dtypes: for the long run."""

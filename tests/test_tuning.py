@@ -25,27 +25,49 @@ def test_every_row_says_why() -> None:
     for kernel, rows in tuning.TABLE.items():
         assert tuning.CONSERVATIVE in rows, kernel
         for family, tile in rows.items():
-            assert family in (tuning.CONSERVATIVE, 80, 90, 100)
+            assert family in (tuning.CONSERVATIVE, *tuning.FAMILIES.values())
             assert set(tile.options) == set(rows[tuning.CONSERVATIVE].options)
             assert tile.evidence
-            if family == 100:
+            if family in (100, 120):
                 assert tile.evidence.endswith("not run")
 
 
 @pytest.mark.parametrize(
     ("capability", "family"),
-    [(75, 0), (80, 80), (86, 0), (89, 0), (90, 90), (100, 100), (101, 0), (103, 100), (110, 0), (120, 0), (0, 0)],
+    [
+        (0, 0),
+        (75, 0),
+        (80, 80),
+        (86, 86),
+        (89, 86),
+        (90, 90),
+        (100, 100),
+        (101, 0),
+        (103, 100),
+        (110, 0),
+        (120, 120),
+        (121, 120),
+        (130, 0),
+    ],
 )
 def test_unknown_gpus_take_the_conservative_row(capability: int, family: int) -> None:
-    from apd_kernels.kernels._launch import recording
+    """And their products have accumulators of their own, as on tcgen05: that is right on any GPU."""
+    from apd_kernels.kernels._launch import dot_precision, recording
 
     with recording(capability):
         x = torch.empty(1, device="meta")
         assert tuning.family(x) == family
         rows = tuning.TABLE["mine.split"]
         assert tuning.tile("mine.split", x) == dict(rows[family].options)
-        assert tuning.has_descriptors(x) == (family >= 90)
-        assert tuning.separate_accumulators(x) == (family not in (80, 90))
+        assert tuning.has_descriptors(x) == (family in (90, 100))
+        in_registers = family in (80, 86, 90, 120)
+        assert tuning.separate_accumulators(x) == (not in_registers)
+        if capability >= 80:
+            assert dot_precision(x, "fp32") == ("tf32x3" if in_registers else "tf32x3 apart")
+        else:
+            assert dot_precision(x, "fp32") == "ieee"
+        assert dot_precision(x, "tf32") == "tf32"
+        assert dot_precision(x.half(), "fp32") == "ieee"
 
 
 def test_file_of_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

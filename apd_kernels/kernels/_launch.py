@@ -18,6 +18,9 @@ from torch import Tensor
 
 from apd_kernels._core.backend import INTERPRETED
 
+# Capabilities from 100 on whose tensor cores are those of sm_80, not tcgen05.
+ADD_IN_REGISTERS = (120, 121)
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -40,7 +43,7 @@ _recording: ContextVar[_Recording | None] = ContextVar("apd_kernels_recording", 
 
 @contextmanager
 def recording(architecture: int) -> Iterator[list[Launch]]:
-    """Collect launches as for compute capability `architecture` (80, 90, 100, …) instead of running them."""
+    """Collect launches as for compute capability `architecture` (80, 90, 100 and so on) instead of running them."""
     launches: list[Launch] = []
     token = _recording.set(_Recording(architecture, launches))
     try:
@@ -87,16 +90,21 @@ def _capability(device: int) -> int:
 
 
 def dot_precision(x: Tensor, precision: str) -> str:
-    """What `product` passes to ``tl.dot`` for rows like `x`: ``"ieee"``, ``"tf32x3"``, ``"tf32"`` or ``"bf16"``.
+    """How kernels multiply rows like `x`: as ``tl.dot`` has it, ``"ieee"``, ``"tf32x3"`` or ``"tf32"``; ``"bf16"``; or
+    ``"tf32x3 apart"``, as in `_tiles.product`.
 
-    float32 grade is three TF32 products, on architectures where their shared accumulator is known to be right: on
-    tcgen05 (sm_100 and later) several dots into one accumulator are not (triton#10821), so those, AMD and unknown GPUs
-    take the slow exact form. Half inputs multiply exactly as they are.
+    float32 grade is three TF32 products. Triton's own add into one accumulator, which is right where tensor cores add
+    in registers (sm_80 to sm_90, and sm_120) and wrong on tcgen05 (sm_100 and what follows it, triton#10821): there
+    each has an accumulator of its own. AMD and GPUs without TF32 take the exact form. Half inputs multiply exactly as
+    they are.
     """
     if x.dtype in (torch.float16, torch.bfloat16):
         return "ieee"
     if precision == "fp32":
-        return "tf32x3" if 80 <= architecture(x) < 100 else "ieee"
+        capability = architecture(x)
+        if capability < 80:
+            return "ieee"
+        return "tf32x3" if capability < 100 or capability in ADD_IN_REGISTERS else "tf32x3 apart"
     return precision
 
 

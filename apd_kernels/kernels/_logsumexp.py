@@ -18,7 +18,7 @@ from torch import Tensor
 
 from apd_kernels._core.rows import row_blocks
 from apd_kernels.kernels._launch import dot_precision, launch, row_stride
-from apd_kernels.kernels._tiles import MAX_SPLITS, nan_as
+from apd_kernels.kernels._tiles import MAX_SPLITS, high_and_rest, nan_as, sum_apart
 
 # Rows of a block of weights are padded with zeros to a multiple of this, so that they are read in vectors.
 PADDING = 32
@@ -78,6 +78,9 @@ def _add_rows(
     in_row = (k < D)[None, :]
     weights += s * height * width
     acc = tl.zeros((BM, BD), tl.float32)
+    if PRECISION == "tf32x3 apart":
+        cross = tl.zeros((BM, BD), tl.float32)
+        rest = tl.zeros((BM, BD), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     for j0 in range(0, columns, BN):
         j = j0 + tl.arange(0, BN)
@@ -93,8 +96,16 @@ def _add_rows(
             total += tl.sum(w, 1)
         if PRECISION == "bf16":
             acc += tl.dot(w.to(tl.bfloat16), b.to(tl.bfloat16)) * one
+        elif PRECISION == "tf32x3 apart":  # as in `product`
+            w, w_rest = high_and_rest(w)
+            b, b_rest = high_and_rest(b)
+            acc += tl.dot(w, b, input_precision="tf32") * one
+            cross = tl.dot(w, b_rest, cross, input_precision="tf32")
+            rest = tl.dot(w_rest, b, rest, input_precision="tf32")
         else:
             acc += tl.dot(w, b, input_precision=PRECISION) * one
+    if PRECISION == "tf32x3 apart":
+        acc = sum_apart(acc, cross, rest)
     mask = (i < rows)[:, None] & in_row
     row = s * own_rows + first_row + i
     if LESS_OWN:

@@ -8,6 +8,27 @@ MAX_SPLITS = 256
 
 
 @triton.jit
+def rounded_to_tf32(v):
+    """v with 11 bits of its 24, to nearest. A NaN stays one."""
+    rounded = ((v.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(v == v, rounded, v)
+
+
+@triton.jit
+def high_and_rest(v):
+    """float32 as the sum of two that TF32 holds: all of v but 2⁻²²."""
+    high = rounded_to_tf32(v.to(tl.float32))
+    return high, v - high
+
+
+@triton.jit
+def sum_apart(acc, cross, other):
+    """Three sums of products (high·high, high·rest, rest·high) as one. Next to an infinity the small ones are NaN."""
+    cross += other
+    return acc + tl.where(cross == cross, cross, 0.0)
+
+
+@triton.jit
 def product(
     x,
     y,
@@ -31,8 +52,14 @@ def product(
 
     Tensor cores truncate while they accumulate: a bias that grows with D. So every BK-chunk is added into a separate
     float32 accumulator; `one` = 1.0 comes at run time, or the compiler folds the chunk back into the dot.
+
+    PRECISION "tf32x3 apart": three TF32 products of `high_and_rest`, each with an accumulator of its own, for tcgen05,
+    where two dots of one iteration into the same one are wrong (triton#10821).
     """
     acc = tl.zeros((BM, BN), tl.float32)
+    if PRECISION == "tf32x3 apart":
+        cross = tl.zeros((BM, BN), tl.float32)
+        other = tl.zeros((BM, BN), tl.float32)
     xx = tl.zeros((BM,), tl.float32)
     yy = tl.zeros((BN,), tl.float32)
     x_rows = x + rows.to(tl.int64)[:, None] * x_stride
@@ -48,8 +75,16 @@ def product(
             yy += tl.sum(b32 * b32, 1)
         if PRECISION == "bf16":
             acc += tl.dot(a.to(tl.bfloat16), tl.trans(b.to(tl.bfloat16))) * one
+        elif PRECISION == "tf32x3 apart":
+            a, a_rest = high_and_rest(a)
+            b, b_rest = high_and_rest(b)
+            acc += tl.dot(a, tl.trans(b), input_precision="tf32") * one
+            cross = tl.dot(a, tl.trans(b_rest), cross, input_precision="tf32")
+            other = tl.dot(a_rest, tl.trans(b), other, input_precision="tf32")
         else:
             acc += tl.dot(a, tl.trans(b), input_precision=PRECISION) * one
+    if PRECISION == "tf32x3 apart":
+        acc = sum_apart(acc, cross, other)
     return acc, xx, yy
 
 

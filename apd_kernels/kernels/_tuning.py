@@ -27,7 +27,7 @@ from apd_kernels.kernels._launch import architecture
 
 CACHE_VARIABLE = "APD_KERNELS_CACHE"
 CONSERVATIVE = 0
-FAMILIES = {80: 80, 90: 90, 100: 100, 103: 100}
+FAMILIES = {80: 80, 86: 86, 89: 86, 90: 90, 100: 100, 103: 100, 120: 120, 121: 120}
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,14 @@ TABLE: dict[str, dict[int, Tile]] = {
     "mine.wide": {
         CONSERVATIVE: _tile("estimate: as distance.rows", BM=64, BN=64, BK=32, num_warps=8, num_stages=3),
         80: _tile("estimate: more products a byte, no spills", BM=128, BN=64, BK=32, num_warps=8, num_stages=3),
+        86: _tile("estimate: as sm_80, 48 KB", BM=128, BN=64, BK=32, num_warps=8, num_stages=3),
         90: _tile("estimate; BK=64 spills", BM=128, BN=128, BK=32, num_warps=8, num_stages=4),
+        120: _tile(_NOT_RUN, BM=128, BN=64, BK=32, num_warps=8, num_stages=3),
     },
     "gradient.rows": {
         CONSERVATIVE: _tile("estimate; 8 warps spill on sm_80", BM=64, BN=32, BD=32, num_warps=4, num_stages=3),
+        86: _tile("estimate; 3 stages spill", BM=64, BN=32, BD=32, num_warps=4, num_stages=2),
+        120: _tile(_NOT_RUN, BM=64, BN=32, BD=32, num_warps=4, num_stages=2),
     },
     "mine.rows": {
         CONSERVATIVE: _tile("estimate: narrow, to fill the GPU", BM=64, BN=32, BK=32, num_warps=8, num_stages=3),
@@ -76,6 +80,7 @@ TABLE: dict[str, dict[int, Tile]] = {
     "triangle.split": {
         CONSERVATIVE: _tile("estimate from sm_80", BM=64, BK=32, num_warps=4, num_stages=2),
         80: _tile("estimate: most products a byte without spills", BM=128, BK=32, num_warps=8, num_stages=2),
+        86: _tile("estimate: as sm_80, 32 KB", BM=128, BK=32, num_warps=8, num_stages=2),
         90: _tile("estimate: as distance.split, 255 registers", BM=128, BK=32, num_warps=8, num_stages=4),
         100: _tile(_NOT_RUN, BM=64, BK=64, num_warps=4, num_stages=3),
     },
@@ -83,20 +88,26 @@ TABLE: dict[str, dict[int, Tile]] = {
     "distance.split": {
         CONSERVATIVE: _tile("estimate from sm_80", BM=64, BN=64, BK=32, num_warps=4, num_stages=2),
         80: _tile("estimate: most products a byte without spills", BM=128, BN=128, BK=32, num_warps=8, num_stages=2),
+        86: _tile("estimate: 228 registers, 56 KB; 128 × 128 spills", BM=128, BN=64, BK=32, num_warps=8, num_stages=2),
         90: _tile(_H100 + "157 TFLOP/s (cuBLAS float32: 50)", BM=128, BN=128, BK=32, num_warps=8, num_stages=4),
         100: _tile(_NOT_RUN, BM=64, BN=64, BK=64, num_warps=4, num_stages=3),
+        120: _tile(_NOT_RUN, BM=128, BN=64, BK=32, num_warps=8, num_stages=2),
     },
     "gradient.split": {
         CONSERVATIVE: _tile("estimate from sm_80", BM=64, BD=64, BK=32, num_warps=4, num_stages=2),
         80: _tile("estimate: most products a byte without spills", BM=64, BD=128, BK=32, num_warps=8, num_stages=2),
+        86: _tile("estimate: as sm_80, 48 KB", BM=64, BD=128, BK=32, num_warps=8, num_stages=2),
         90: _tile("estimate: 128 × 128 spills", BM=64, BD=128, BK=32, num_warps=8, num_stages=3),
         100: _tile(_NOT_RUN, BM=64, BD=64, BK=32, num_warps=4, num_stages=3),
+        120: _tile(_NOT_RUN, BM=64, BD=128, BK=32, num_warps=8, num_stages=2),
     },
     "mine.split": {
         CONSERVATIVE: _tile("estimate from sm_80", BM=64, BN=64, BK=32, num_warps=4, num_stages=2),
         80: _tile("estimate: 128 × 128 spills", BM=128, BN=64, BK=32, num_warps=8, num_stages=2),
+        86: _tile("estimate: as sm_80, 32 KB", BM=128, BN=64, BK=32, num_warps=8, num_stages=2),
         90: _tile("estimate: as distance.split, 252 registers", BM=128, BN=128, BK=32, num_warps=8, num_stages=4),
         100: _tile(_NOT_RUN, BM=64, BN=64, BK=64, num_warps=4, num_stages=3),
+        120: _tile(_NOT_RUN, BM=128, BN=64, BK=32, num_warps=8, num_stages=2),
     },
     # Rows that are multiplied as they are or in TF32 or bfloat16, prepared.
     "distance.plain": {
@@ -113,14 +124,18 @@ TABLE: dict[str, dict[int, Tile]] = {
     "rank.split": {
         CONSERVATIVE: _tile("estimate from sm_80", BM=64, BN=64, BK=32, num_warps=4, num_stages=2),
         80: _tile("estimate: 170 registers; 128 × 128 spills", BM=128, BN=64, BK=32, num_warps=8, num_stages=2),
+        86: _tile("estimate: as sm_80, 24 KB", BM=128, BN=64, BK=32, num_warps=8, num_stages=2),
         90: _tile("estimate: as distance.split, 254 registers", BM=128, BN=128, BK=32, num_warps=8, num_stages=4),
         100: _tile(_NOT_RUN, BM=64, BN=64, BK=64, num_warps=4, num_stages=3),
+        120: _tile(_NOT_RUN, BM=128, BN=64, BK=32, num_warps=8, num_stages=2),
     },
     "rank.plain": {
         CONSERVATIVE: _tile("estimate", BM=64, BN=64, BK=32, num_warps=4, num_stages=3),
         80: _tile("estimate: 241 registers, 64 KB", BM=128, BN=128, BK=64, num_warps=8, num_stages=3),
+        86: _tile("estimate: 219 registers, 64 KB", BM=128, BN=128, BK=32, num_warps=8, num_stages=3),
         90: _tile("estimate: 238 registers; 128 × 256 spills", BM=128, BN=128, BK=64, num_warps=8, num_stages=3),
         100: _tile(_NOT_RUN, BM=128, BN=64, BK=64, num_warps=8, num_stages=3),
+        120: _tile(_NOT_RUN, BM=128, BN=128, BK=32, num_warps=8, num_stages=3),
     },
 }  # fmt: skip
 
@@ -179,19 +194,20 @@ def tile(kernel: str, x: Tensor) -> dict[str, int]:
 
 
 def family(x: Tensor) -> int:
-    """80, 90, 100, or 0 for another GPU and for none."""
+    """80, 86, 90, 100, 120, or 0 for another GPU and for none."""
     return FAMILIES.get(architecture(x), CONSERVATIVE)
 
 
 def has_descriptors(x: Tensor) -> bool:
-    """Whether tiles of prepared rows are loaded by TMA. In older GPUs descriptors become plain loads that spill."""
-    return family(x) >= 90
+    """Whether tiles of prepared rows are loaded by TMA. In older GPUs descriptors become plain loads that spill; tiles
+    of sm_120, which has TMA, are those of sm_80."""
+    return family(x) in (90, 100)
 
 
 def separate_accumulators(x: Tensor) -> bool:
     """Whether each dot of an iteration gets its own accumulator: on tcgen05 the sums are wrong else (triton#10821), and
     what an unknown GPU does is not known."""
-    return family(x) not in (80, 90)
+    return family(x) not in (80, 86, 90, 120)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from apd_kernels.kernels._split import (
     split_product,
     unscaled,
 )
-from apd_kernels.kernels._tiles import product
+from apd_kernels.kernels._tiles import high_and_rest, product, sum_apart
 from apd_kernels.kernels._tuning import separate_accumulators, tile
 from apd_kernels.kernels.prepared import (
     has_tma,
@@ -238,6 +238,9 @@ def _gradient(
     x_tile = x + (s * N + rows.to(tl.int64))[:, None] * x_stride + k[None, :]
     y += s * M * y_stride
     acc = tl.zeros((BM, BD), tl.float32)
+    if PRECISION == "tf32x3 apart":
+        cross = tl.zeros((BM, BD), tl.float32)
+        rest = tl.zeros((BM, BD), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     for j0 in range(0, M, BN):
         columns = j0 + tl.arange(0, BN)
@@ -252,8 +255,16 @@ def _gradient(
         total += tl.sum(w, 1)
         if PRECISION == "bf16":
             acc += tl.dot(w.to(tl.bfloat16), b.to(tl.bfloat16))
+        elif PRECISION == "tf32x3 apart":  # as in `product`
+            w, w_rest = high_and_rest(w)
+            b, b_rest = high_and_rest(b)
+            acc = tl.dot(w, b, acc, input_precision="tf32")
+            cross = tl.dot(w, b_rest, cross, input_precision="tf32")
+            rest = tl.dot(w_rest, b, rest, input_precision="tf32")
         else:
             acc += tl.dot(w, b.to(tl.float32), input_precision=PRECISION)
+    if PRECISION == "tf32x3 apart":
+        acc = sum_apart(acc, cross, rest)
     if METRIC < 2:
         a = tl.load(x_tile, mask=element_mask, other=0.0).to(tl.float32)
         result = total[:, None] * a - acc

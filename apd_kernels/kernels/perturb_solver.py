@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from apd_kernels.kernels._launch import dot_precision, launch
-from apd_kernels.kernels._tiles import nan_as
+from apd_kernels.kernels._tiles import high_and_rest, nan_as, sum_apart
 from apd_kernels.kernels.losses import per_difference, sigmoid
 from apd_kernels.kernels.mining import best_of_splits
 
@@ -100,11 +100,23 @@ def _add_edge(g_a, g_b, heaviest, w, c, r, squared, i, j, k, N, NP: tl.constexpr
 def _keys(squared, labels, c, r, diagonal, i, j, N, NP: tl.constexpr, PRECISION: tl.constexpr):
     """d² of rows i and j where their identities are equal, where they differ, and ∓infinity elsewhere. NaN wins."""
     product = tl.zeros((i.shape[0], j.shape[0]), tl.float32)
+    if PRECISION == "tf32x3 apart":
+        cross = tl.zeros((i.shape[0], j.shape[0]), tl.float32)
+        rest = tl.zeros((i.shape[0], j.shape[0]), tl.float32)
     for m0 in range(0, NP, 16):
         m = m0 + tl.arange(0, 16)
         left = tl.load(r + i[:, None] * NP + m[None, :]).to(tl.float32)
         right = tl.load(c + j[None, :] * NP + m[:, None]).to(tl.float32)
-        product = tl.dot(left, right, product, input_precision=PRECISION)
+        if PRECISION == "tf32x3 apart":  # as in `_tiles.product`
+            left, left_rest = high_and_rest(left)
+            right, right_rest = high_and_rest(right)
+            product = tl.dot(left, right, product, input_precision="tf32")
+            cross = tl.dot(left, right_rest, cross, input_precision="tf32")
+            rest = tl.dot(left_rest, right, rest, input_precision="tf32")
+        else:
+            product = tl.dot(left, right, product, input_precision=PRECISION)
+    if PRECISION == "tf32x3 apart":
+        product = sum_apart(product, cross, rest)
     q = product.to(tl.float64) + _products(r, squared, i, j, N, NP) + tl.load(r + j[None, :] * NP + i[:, None])
     d2 = tl.load(diagonal + i)[:, None] + tl.load(diagonal + j)[None, :] - 2 * q
     own = tl.load(labels + i, mask=i < N, other=0)

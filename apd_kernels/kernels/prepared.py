@@ -22,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from apd_kernels._core.rows import SHORTEST_CENTRED, WORTH_CENTRING
 from apd_kernels.kernels._launch import launch, row_stride, sets_of_rows
 from apd_kernels.kernels._split import high_and_low, power_of_four
+from apd_kernels.kernels._tiles import rounded_to_tf32
 from apd_kernels.kernels._tuning import has_descriptors, separate_accumulators, tile
 from apd_kernels.prepared import Operands
 
@@ -77,8 +78,7 @@ def _convert_rows(rows, centre, parts, half, M, D, padded, stride, TF32: tl.cons
         k = k0 + tl.arange(0, BD)
         v = _centred(rows + at * stride, centre, s, k, D)
         if TF32:  # rounded here: a tensor core would truncate, and the square would be that of another row
-            rounded = ((v.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-            v = tl.where(v == v, rounded, v)
+            v = rounded_to_tf32(v)
         if parts is not None:
             v = v.to(parts.dtype.element_ty)
             tl.store(parts + at * padded + k, v, mask=k < padded)
@@ -180,7 +180,7 @@ def is_large(x: Tensor, y: Tensor | None) -> bool:
 
 def rows_kernel(kernel: str, x: Tensor, y: Tensor | None, dots: str) -> str:
     """The table's row for rows as they come: large problems want wide tiles, for which three products have no room."""
-    return f"{kernel}.wide" if is_large(x, y) and dots != "tf32x3" else f"{kernel}.rows"
+    return f"{kernel}.wide" if is_large(x, y) and not dots.startswith("tf32x3") else f"{kernel}.rows"
 
 
 def product_options(kernel: str, x: Tensor, precision: str) -> dict[str, Any]:
