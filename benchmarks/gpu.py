@@ -103,7 +103,8 @@ def environment(*, toy: bool = False, output: Path | None = None) -> dict[str, s
     if output is not None:
         names["APD_KERNELS_CACHE"] = str(output.resolve() / "tiles")
     if toy:
-        names |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        names |= {"TRITON_INTERPRET": "1", "APD_KERNELS_BACKEND": "triton"}
+        names |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return names
 
 
@@ -131,6 +132,8 @@ class Run:
             started = time.time()
             code = self._process(stage, results, deadline)
             if code == 0:
+                if START in results.last(stage.name):
+                    results.append(stage.name, START, "ok")
                 results.append(stage.name, "", "ok", seconds=round(time.time() - began, 1))
             if not code:
                 break
