@@ -19,7 +19,12 @@ if not torch.cuda.is_available():
 import torch._dynamo  # before torch.empty is patched: it finds functions by identity
 
 from apd_kernels import use_backend
-from apd_kernels._core.backend import HAS_TRITON
+from apd_kernels._core.backend import HAS_TRITON, INTERPRETED
+
+if HAS_TRITON and INTERPRETED:
+    import interpreter
+
+    interpreter.mend()
 
 _without_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 

@@ -82,8 +82,6 @@ ONE_OF_EACH = pytest.mark.parametrize("name", ["circle", "contrastive", "contras
 def served(backend: Backend, dtype: torch.dtype) -> None:
     if backend.name == "triton" and dtype == torch.float64:
         pytest.skip("float64 is served by the PyTorch path")
-    if backend.interpreted and dtype == torch.bfloat16:
-        pytest.skip("the interpreter's bfloat16 products are wrong")
 
 
 def compare(

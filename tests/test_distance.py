@@ -16,8 +16,6 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def served(backend: Backend, dtype: torch.dtype) -> None:
     if backend.name == "triton" and dtype == torch.float64:
         pytest.skip("float64 is served by the PyTorch path")
-    if backend.interpreted and dtype == torch.bfloat16:
-        pytest.skip("the interpreter's bfloat16 products are wrong")
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -17,8 +17,6 @@ ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torc
 def served(backend: Backend, dtype: torch.dtype) -> None:
     if backend.name == "triton" and dtype == torch.float64:
         pytest.skip("float64 is served by the PyTorch path")
-    if backend.interpreted and dtype == torch.bfloat16:
-        pytest.skip("the interpreter truncates to bfloat16")
 
 
 def oracle(features: Tensor, logits: list[Tensor], permutation: Tensor | None) -> list[Tensor]:
