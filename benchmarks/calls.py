@@ -37,7 +37,7 @@ def _backward(x: Tensor, function: Callable[[Tensor], Any]) -> Tensor:
 
 
 @contextmanager
-def _large() -> Iterator[None]:
+def large_routes() -> Iterator[None]:
     """Small problems take the routes of large ones: split products, tiles above the diagonal, sorted winners."""
     from apd_kernels.kernels import mining, perturb, prepared
 
@@ -60,7 +60,7 @@ def _large() -> Iterator[None]:
 
 def _as_large(call: Call) -> Call:
     def run() -> Any:
-        with _large():
+        with large_routes():
             return call()
 
     return run
