@@ -51,9 +51,12 @@ class Case:
 
 
 def relative(found: Any, expected: Any) -> float:
-    """The worst over the tensors of a result; NaN is inf. Of each the largest error, relative to the largest value or 1,
-    and the error that 99 of 100 elements keep, relative to the largest value: that of a gradient is far less than 1,
-    and where two rows are equally far to seven digits, a few rows of it are another row's."""
+    """The worst over the tensors of a result; NaN is inf.
+
+    Of each the largest error, relative to the largest value or 1, and the error that 99 of 100 elements keep, relative
+    to the largest value: that of a gradient is far less than 1, and where two rows are equally far to seven digits, a
+    few rows of it are another row's.
+    """
     worst = 0.0
     for a, b in zip(_tensors(found), _tensors(expected), strict=True):
         error = (a.detach().double() - b.detach().double()).abs().flatten()
@@ -196,13 +199,17 @@ def distance(n: int, d: int, backward: bool, precision: str, goal: dict[str, flo
         1e-5 if grade else 3e-3,
         goal,
         floor=product,
-        peers={"eager": of(eager.distance), "torch.compile": of(later_compiled(eager.distance)), "cdist": of(torch.cdist)}
+        peers={
+            "eager": of(eager.distance),
+            "torch.compile": of(later_compiled(eager.distance)),
+            "cdist": of(torch.cdist),
+        }
         if grade
         else {},
     )
 
 
-class fp32_precision:  # noqa: N801
+class fp32_precision:
     """PyTorch's own float32 products in TF32 inside the block, or in float32."""
 
     def __init__(self, precision: str) -> None:
@@ -229,9 +236,7 @@ def paired(n: int, d: int) -> Case:
     )
 
 
-def memory(
-    anchors: int, people: int, each: int, d: int, kind: str, kept: bool, goal: dict[str, float]
-) -> Case:
+def memory(anchors: int, people: int, each: int, d: int, kind: str, kept: bool, goal: dict[str, float]) -> Case:
     """The hardest pairs of anchors in a memory; `kind` is a precision, or fp16 for rows of that dtype."""
     precision, dtype = ("fp32", torch.float16) if kind == "fp16" else (kind, torch.float32)
 
@@ -240,6 +245,10 @@ def memory(
         x, labels = (y[::each][:anchors] + 0.1).contiguous(), y_labels[::each][:anchors].contiguous()
         x, y = x.to(dtype), y.to(dtype)
         return x, labels, prepare_rows(y, precision=precision) if kept else y, y_labels, y
+
+    def product(x: Tensor, labels: Tensor, rows: Any, y_labels: Tensor, y: Tensor) -> Tensor:
+        with fp32_precision(precision):
+            return x @ y.t()
 
     def best(x: Tensor, labels: Tensor, _: Any, y_labels: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         return eager.batch_hard(x, labels, y, y_labels)
@@ -251,7 +260,7 @@ def memory(
         _against(best),
         1e-5 if kind == "fp32" else 3e-3,  # of the winners: in less than float32 grade another row may be mined
         goal,
-        floor=lambda x, labels, rows, y_labels, y: x @ y.t(),
+        floor=product,
         peers={} if kept or kind != "fp32" else {"eager": best, "torch.compile": later_compiled(best)},
     )
 
@@ -386,10 +395,10 @@ def perturbation(n: int, m: int, d: int) -> Case:
 def cases(toy: bool) -> Iterator[Case]:
     """What matters most comes first."""
     if toy:
-        yield triplet(16, 32, {"wall_us": 1.0})
+        yield triplet(8, 32, {"wall_us": 1.0})
         yield perturb(8, 32, "l2", {}, steps=2)
         yield distance(24, 16, True, "fp32", {})
-        yield memory(8, 6, 4, 16, "fp32", True, {})
+        yield memory(4, 4, 2, 16, "fp32", True, {})
         yield ranking((8, 24, 16, 4), "toy", torch.float32, {})
         yield neighbors((6, 24, 16, 4), "toy", 3, {})
         yield ssd((8, 8, 2, 2), torch.float32, {})

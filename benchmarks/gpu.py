@@ -22,6 +22,7 @@ at toy sizes in Triton's interpreter: a rehearsal without a GPU, whose times mea
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -69,8 +70,8 @@ FAISS = Stage("faiss", 590, MEASURING)
 _PROBE = """
 import json, torch, triton
 assert torch.cuda.is_available(), "torch.cuda.is_available() is False"
-major, minor = torch.cuda.get_device_capability()
-print(json.dumps(f"{torch.cuda.get_device_name()} (sm_{major}{minor}); torch {torch.__version__}, triton {triton.__version__}"))
+card = "{} (sm_{}{})".format(torch.cuda.get_device_name(), *torch.cuda.get_device_capability())
+print(json.dumps(f"{card}; torch {torch.__version__}, triton {triton.__version__}"))
 """
 
 
@@ -196,10 +197,8 @@ class Run:
     @staticmethod
     def _end(process: subprocess.Popen[bytes]) -> None:
         """The process with all that it started."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:

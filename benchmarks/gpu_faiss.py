@@ -49,9 +49,7 @@ def compared(metric: str, rows: int, dimension: int, k: int, share: float) -> di
     _faiss()
     torch.manual_seed(0)
     queries = max(4, rows // 500)
-    query, gallery = (
-        t.cpu() for t in ranking_features(queries, rows, dimension, max(2, rows // 20), spread=1.0)[:2]
-    )
+    query, gallery = (t.cpu() for t in ranking_features(queries, rows, dimension, max(2, rows // 20), spread=1.0)[:2])
     gallery[rows // 2 : rows // 2 + 10] = gallery[:10]  # equal rows are ordered by their place
     where = torch.rand(rows) < share if share < 1 else None
     found, seconds = {}, {}

@@ -106,5 +106,3 @@ def verdict(code: int, text: str) -> dict[str, Any]:
 def _reached(text: str) -> str:
     """The call under way at the end."""
     return (re.findall(r"^call: (.*)", text, re.MULTILINE) or [""])[-1]
-
-

@@ -35,7 +35,7 @@ SECONDS = 0.15  # of measuring, for each candidate
 def units(context: Context) -> list[Unit]:
     kernels = estimated()
     if context.toy:
-        kernels = [kernel for kernel in kernels if kernel in ("mine.split", "distance.rows")]
+        kernels = [kernel for kernel in kernels if kernel in ("distance.split", "distance.rows")]
     budget = max(2.0, min(15.0, 0.6 * context.left() / max(1, len(kernels))))
     found = [Unit(f"tiles of {k}", partial(compare, k, budget, context.toy), 4 * budget + 20) for k in kernels]
     if context.toy:
@@ -92,15 +92,13 @@ def compile_all(kernels: list[str], limit: float, context: Context) -> dict[str,
         subprocess.Popen([sys.executable, "-c", code, *kernels[i::count]], cwd=ROOT, stdin=subprocess.DEVNULL)
         for i in range(count)
     ]
-    late = 0
-    for process in processes:
-        try:
-            process.wait(max(0.0, began + limit - time.time()))
-        except subprocess.TimeoutExpired:
-            late += 1
-            process.kill()
-            process.wait()
-    return {"processes": count, "late": late, "codes": [process.returncode for process in processes]}
+    while time.time() < began + limit and any(process.poll() is None for process in processes):
+        time.sleep(0.2)
+    late = [process for process in processes if process.poll() is None]
+    for process in late:
+        process.kill()
+        process.wait()
+    return {"processes": count, "late": len(late), "codes": [process.returncode for process in processes]}
 
 
 def compile_some(kernels: list[str]) -> None:
@@ -108,12 +106,7 @@ def compile_some(kernels: list[str]) -> None:
     for kernel in kernels:
         work = _work(kernel, toy=False)
         for options in [dict(current(kernel)[1].options), *candidates(kernel)]:
-            with replaced(kernel, options):
-                try:
-                    work()
-                    torch.cuda.synchronize()
-                except Exception as error:  # `compare` says what is wrong with it
-                    print(f"{kernel} {options}: {type(error).__name__}", flush=True)
+            print(kernel, options, _measured(kernel, options, work, None), flush=True)
 
 
 def compare(kernel: str, budget: float, toy: bool) -> dict[str, Any]:
@@ -135,9 +128,16 @@ def compare(kernel: str, budget: float, toy: bool) -> dict[str, Any]:
     return {**found, "best": min(timed, key=lambda other: float(other["ms"])) if timed else None}
 
 
-def _measured(kernel: str, options: dict[str, int], work: Callable[[], Any], expected: list[Tensor]) -> dict[str, Any]:
+def _measured(
+    kernel: str, options: dict[str, int], work: Callable[[], Any], expected: list[Tensor] | None
+) -> dict[str, Any]:
+    """Time and error of a candidate, or why it is refused; without `expected` it is only compiled."""
     with replaced(kernel, options):
         try:
+            if expected is None:
+                work()
+                torch.cuda.synchronize()
+                return {}
             error = relative(_values(work()), expected)
             # Other tiles sum in another order: in less than float32 grade another row may be the hardest.
             allowed = 1e-4 if kernel.endswith(("split", "rows")) else 5e-3

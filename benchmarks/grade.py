@@ -145,7 +145,9 @@ def mined(rows: Rows, metric: str, centred: bool) -> dict[str, Any]:
         return torch.cat([d.masked_fill(~same, -torch.inf).amax(1), d.masked_fill(same, torch.inf).amin(1)])
 
     theirs = best(distance_by_product(x - centre, y - centre, metric))
-    scale = (x - centre).double().norm(dim=1).repeat(2) * (1.0 if metric == "euclidean" else y.double().norm(dim=1).mean())
+    scale = (x - centre).double().norm(dim=1).repeat(2) * (
+        1.0 if metric == "euclidean" else y.double().norm(dim=1).mean()
+    )
     return {
         **compared(torch.cat([ours.positive, ours.negative]), theirs, best(exact_distance(x, y, metric)), scale),
         "centred": bool(centre.any()),
@@ -171,12 +173,14 @@ def ranked(rows: Rows) -> dict[str, Any]:
 
     x, y = rows
     n, m = len(x), len(y)
-    operands = [ranking.prepared_rows(t, None, "fp32") for t in rows]
-    ends = (torch.full((n,), end, dtype=torch.int64, device=x.device) for end in (0, m))
+    query, gallery = (ranking.prepared_rows(t, None, "fp32") for t in rows)
+    first, last = (torch.full((n,), end, dtype=torch.int64, device=x.device) for end in (0, m))
     starts = torch.arange(n + 1, device=x.device) * m
-    ours = ranking.same_identity_similarities(*operands, *ends, starts, n * m).view(n, m)
-    return {**compared(-ours, distance_by_product(x, y, "dot"), exact_distance(x, y, "dot"), _scale(x, y, "dot")),
-            "centred": False}
+    ours = ranking.same_identity_similarities(query, gallery, first, last, starts, n * m).view(n, m)
+    return {
+        **compared(-ours, distance_by_product(x, y, "dot"), exact_distance(x, y, "dot"), _scale(x, y, "dot")),
+        "centred": False,
+    }
 
 
 def _measured(measure: Measure, rows: Callable[..., Rows], size: Size, split: bool) -> dict[str, Any]:
@@ -209,8 +213,20 @@ def products(toy: bool) -> dict[str, Callable[[], dict[str, Any]]]:
         add(f"pairwise_distance {metric}, x with itself", large, partial(itself, metric=metric), euclidean)
         for route, size in (("split", large), ("small", small)):
             centred = route == "split"
-            add(f"gradient of {metric}, {route}", size, partial(gradient, metric=metric, centred=centred), euclidean, centred)
-            add(f"batch_hard {metric}, {route}", size, partial(mined, metric=metric, centred=centred), euclidean, centred)
+            add(
+                f"gradient of {metric}, {route}",
+                size,
+                partial(gradient, metric=metric, centred=centred),
+                euclidean,
+                centred,
+            )
+            add(
+                f"batch_hard {metric}, {route}",
+                size,
+                partial(mined, metric=metric, centred=centred),
+                euclidean,
+                centred,
+            )
         add(f"knn {metric}", large, partial(nearest, metric=metric), euclidean)
     add("similarities of rank_metrics", small, ranked, False)
     return found

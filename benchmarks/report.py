@@ -1,8 +1,8 @@
 """Turn a result file into tables: ``python -m benchmarks.report RESULTS [--into FILE.md]``.
 
 RESULTS is the JSON file of the suites, or the JSON lines of `benchmarks.gpu` (``runs/gpu/results.jsonl``, whose tables
-are those of docs/gpu.md). With ``--into`` the table replaces what stands between the two marker comments of that file, so a figure in the
-documentation is always one that was measured.
+are those of docs/gpu.md). With ``--into`` the table replaces what stands between the two marker comments of that file,
+so a figure in the documentation is always one that was measured.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def insert(file: Path, text: str, begin: str, end: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, help="RESULTS.json of pytest-benchmark, or results.jsonl of benchmarks.gpu")
+    parser.add_argument(
+        "results", type=Path, help="RESULTS.json of pytest-benchmark, or results.jsonl of benchmarks.gpu"
+    )
     parser.add_argument("--into", type=Path, help="file whose marked section the table replaces")
     arguments = parser.parse_args()
     begin, end = BEGIN, END

@@ -49,7 +49,7 @@ class Context:
         return self.results.ended(self.stage, self.retry)
 
 
-class Skip(Exception):  # noqa: N818
+class Skip(Exception):
     """Raised by a unit that cannot run here; the text says why."""
 
 

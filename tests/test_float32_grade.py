@@ -1,7 +1,7 @@
 """Float32 grade: split products keep less error than a float32 product does, because they are promoted.
 
-On a CPU the tensor cores are emulated: sixteen exact products at a time, added to an accumulator that truncates. What is
-multiplied are the parts that the shipped kernel makes; how many elements a chunk has is read from the table of tiles.
+On a CPU the tensor cores are emulated: sixteen exact products at a time, added to an accumulator that truncates. The
+factors are the parts that the shipped kernel makes; how many elements a chunk has is read from the table of tiles.
 With `-m gpu` the kernels themselves are held against PyTorch's float32 product on the same card.
 """
 
@@ -118,7 +118,7 @@ def test_promotion_keeps_float32_grade(backend: Backend) -> None:
 
 @on_kernels
 def test_emulation_is_of_the_kernel(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel's product is the promoted one of the same parts, not the unpromoted: on a CPU, which does not truncate,
+    """The kernel's product is the promoted one of the same parts, not the other: on a CPU, which truncates nothing,
     up to the order of sums; on tensor cores nearer to it than the bias of a sum without promotion."""
     monkeypatch.setattr(prepared, "LARGE_PRODUCTS", 0)
     x, y = one_signed(0), one_signed(1)
@@ -135,8 +135,8 @@ def test_emulation_is_of_the_kernel(backend: Backend, monkeypatch: pytest.Monkey
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", list(grade.products(False)))
 def test_error_of_products(name: str) -> None:
-    """The root mean square error is at most that of PyTorch's float32 product of the same rows: plain rows against plain
-    ones, centred against centred."""
+    """The root mean square error is at most that of PyTorch's float32 product of the same rows: plain against plain,
+    centred against centred."""
     found = grade.products(False)[name]()
     assert found["ours_rms"] <= found["float32_rms"], found
 

@@ -146,7 +146,7 @@ def test_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     text = gpu_report.tables(results)
     for heading in ("### Times", "### Root mean square errors", "### Tiles"):
         assert heading in text
-    assert "| triplet_loss 16x32 forward+backward |" in text
+    assert "| triplet_loss 8x32 forward+backward |" in text
     document = tmp_path / "gpu.md"
     document.write_text(f"{gpu_report.BEGIN}\nold\n{gpu_report.END}\n")
     monkeypatch.setattr(sys, "argv", ["report", str(results), "--into", str(document)])
@@ -198,7 +198,9 @@ def test_what_compute_sanitizer_says() -> None:
     assert (found["status"], found["reached"], found["summary"]) == ("failed", "a", "3 errors")
     assert found["log"].startswith("========= Invalid __global__ write")
     assert gpu_sanitizer.verdict(1, "========= Error: Device not supported\n")["status"] == "skipped"
-    assert gpu_sanitizer.verdict(0, good.replace("call: done\n", ""))["status"] == "failed"  # it did not come to its end
+    assert (
+        gpu_sanitizer.verdict(0, good.replace("call: done\n", ""))["status"] == "failed"
+    )  # it did not come to its end
 
 
 def test_every_kernel_has_a_small_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +228,8 @@ def test_every_kernel_has_a_small_call(monkeypatch: pytest.MonkeyPatch) -> None:
     with use_backend("triton"):
         for call in calls.calls().values():
             call()
-    assert launched >= named - {"_distance"} and len(launched) > 40, sorted(named - launched)
+    assert launched >= named, named - launched
+    assert len(named) > 40
     assert set(calls.RACING) <= launched
     assert set(calls.RACING.values()) <= set(calls.calls())
 

@@ -240,9 +240,7 @@ def test_descriptors_and_pointers(metric: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize(
-    "shape", [(50, 40), (2, 20, 130), pytest.param((300, 2048), marks=pytest.mark.gpu)], ids=str
-)
+@pytest.mark.parametrize("shape", [(50, 40), (2, 20, 130), pytest.param((300, 2048), marks=pytest.mark.gpu)], ids=str)
 def test_gradient(metric: str, shape: tuple[int, ...]) -> None:
     """Against float64, for weights of very different size: rows, and chunks of a row, are scaled on their own."""
     x, y = normal(*shape) + 10, normal(*shape[:-2], 45, shape[-1], seed=1) + 10
