@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -108,7 +109,10 @@ def calls() -> dict[str, Call]:
     """By name; the names of kernels that they are there for are in it where it is not the operation's."""
     x, labels = _batch()
     y, y_labels = _rows(40, 64, 3), torch.arange(40, device=DEVICE) % 6
-    kept = {p: ak.prepare_rows(y, precision=p) for p in ("fp32", "tf32")}
+
+    @cache
+    def kept() -> list[ak.PreparedRows]:
+        return [ak.prepare_rows(y, precision=precision) for precision in ("fp32", "tf32")]
 
     def distance(a: Tensor, b: Any = y, **options: Any) -> Tensor:
         return ak.pairwise_distance(a, b, **{"precision": "fp32", **options})
@@ -123,12 +127,12 @@ def calls() -> dict[str, Call]:
         "pairwise_distance": lambda: _backward(x, distance),
         "pairwise_distance, split": _as_large(lambda: _backward(x, distance)),
         "pairwise_distance, x with itself, split": _as_large(lambda: _backward(x, lambda a: distance(a, None))),
-        "pairwise_distance, kept": lambda: [distance(x, kept[p], precision=None) for p in kept],
+        "pairwise_distance, kept": lambda: [distance(x, rows, precision=None) for rows in kept()],
         "batch_hard in a memory": lambda: _backward(x, lambda a: ak.batch_hard(a, labels, y, y_labels).distances),
         "batch_hard in a memory, split": _as_large(
             lambda: _backward(x, lambda a: ak.batch_hard(a, labels, y, y_labels, precision="fp32").distances)
         ),
-        "batch_hard, kept": lambda: [ak.batch_hard(x, labels, kept[p], y_labels) for p in kept],
+        "batch_hard, kept": lambda: [ak.batch_hard(x, labels, rows, y_labels) for rows in kept()],
         "metric_perturb, one program": perturb,
         "metric_perturb, several programs": lambda: ak.metric_perturb(
             _rows(66, 264), torch.arange(66, device=DEVICE) // 4, epsilon=0.5, steps=1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -16,6 +17,7 @@ pytest.importorskip("triton")
 
 from benchmarks import calls, gpu, gpu_report, gpu_sanitizer, lines, report
 from benchmarks.gpu import FAISS, STAGES, Run, Stage
+from benchmarks.units import Context, run_units
 
 MODULES = {
     # Each unit is a line; what it does when it is run.
@@ -201,6 +203,30 @@ def test_what_compute_sanitizer_says() -> None:
     assert (
         gpu_sanitizer.verdict(0, good.replace("call: done\n", ""))["status"] == "failed"
     )  # it did not come to its end
+
+
+def test_compute_sanitizer_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tool that refuses the choice of a kernel is asked without it; every check is a line, errors are failures."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in --help) echo "  --kernel-name arg  --launch-timeout arg"; exit;; esac\n'
+        'case "$*" in *kns=*) echo "unknown filter"; exit 1;; esac\n'
+        'say() { echo "call: done"; echo "========= $1"; exit $2; }\n'
+        'case "$*" in *racecheck*) say "RACECHECK SUMMARY: 0 hazards displayed" 0;; esac\n'
+        'case "$*" in *rank_metrics*) say "ERROR SUMMARY: 2 errors" 9;; esac\n'
+        'say "ERROR SUMMARY: 0 errors" 0\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    results = lines.Results(tmp_path / "results.jsonl", "A card", "source")
+    context = Context(results, "sanitizer", toy=False, retry=0.0, deadline=time.time() + 60)
+    run_units(context, gpu_sanitizer.units(context))
+    found = results.last("sanitizer")
+    assert found["all checks"]["failed"] == 1
+    assert found["all checks"]["checks"] == gpu_sanitizer.MEMCHECKED_AT_ONCE + len(calls.RACING) == len(found) - 1
+    assert [unit for unit, line in found.items() if line["status"] == "failed" and "rank_metrics" not in unit] == []
+    assert all(line["status"] == "ok" for unit, line in found.items() if unit.startswith("racecheck"))
 
 
 def test_every_kernel_has_a_small_call(monkeypatch: pytest.MonkeyPatch) -> None:
