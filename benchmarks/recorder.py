@@ -62,11 +62,14 @@ class _Recorder:
     def __init__(self) -> None:
         names = [os.environ[f"APD_GPU_{name}"] for name in ("RESULTS", "DEVICE", "SOURCE")]
         self.results, self.stage = Results(Path(names[0]), *names[1:]), os.environ["APD_GPU_STAGE"]
+        self.failed: set[str] = set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.nodeid in self.failed:  # its worker ended because of it: the first report says why
+            return
         if report.when == "call" or report.outcome != "passed":
-            if report.when == "teardown" and report.outcome == "skipped":
-                return
+            if report.outcome == "failed":
+                self.failed.add(report.nodeid)
             status = {"passed": "ok"}.get(report.outcome, report.outcome)
             values = {"message": _message(report)} if status != "ok" else {}
             self.results.append(self.stage, report.nodeid, status, seconds=round(report.duration, 2), **values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from importlib import import_module
@@ -15,7 +16,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import calls, gpu, gpu_report, gpu_sanitizer, lines, report
+from benchmarks import calls, gpu, gpu_report, gpu_sanitizer, lines, recorder, report
 from benchmarks.gpu import FAISS, STAGES, Run, Stage
 from benchmarks.units import Context, run_units
 
@@ -105,6 +106,40 @@ def test_a_lost_device_and_a_stage_that_does_not_start(here: Run, tmp_path: Path
     assert statuses(here, stage) == {"losing": "crashed", "good": "ok", "": "ok"}
     assert statuses(here, broken) == {gpu.START: "crashed"}
     assert "no_such_module" in here.results(broken).last("broken")[gpu.START]["log"]
+
+
+def test_tests_that_hang_or_break_the_device(tmp_path: Path) -> None:
+    """Each is recorded by name, the tests behind it run in another worker; what is recorded is left out next time."""
+    pytest.importorskip("xdist")
+    (tmp_path / "conftest.py").write_text("from benchmarks import recorder\nrecorder.TEST_SECONDS = 1.0\n")
+    (tmp_path / "test_made.py").write_text(
+        "import time\n"
+        "def test_first(): pass\n"
+        "def test_hanging(): time.sleep(1000)\n"
+        'def test_breaking(): raise RuntimeError("CUDA error: an illegal memory access was encountered")\n'
+        "def test_wrong(): assert 1 == 2\n"
+        "def test_last(): pass\n"
+    )
+    results = lines.Results(tmp_path / "results.jsonl", "A card", "source")
+    leave_out = tmp_path / "leave_out.txt"
+    leave_out.write_text("")
+    command = [sys.executable, "-m", "pytest", "test_made.py", "-q", "-n", "1", "-p", "benchmarks.recorder"]
+    command += ["-p", "no:cacheprovider", "--max-worker-restart=5"]
+    names = {**os.environ, **recorder.environment_of(results, "correctness", leave_out), "PYTHONPATH": str(lines.ROOT)}
+    subprocess.run(command, cwd=tmp_path, env=names, check=False, timeout=100)
+    found = {unit.partition("::")[2]: line for unit, line in results.last("correctness").items()}
+    bad = {"test_hanging", "test_breaking", "test_wrong"}
+    assert {name: line["status"] for name, line in found.items()} == {
+        name: "failed" if name in bad else "ok" for name in (*bad, "test_first", "test_last")
+    }
+    assert "crashed while running" in found["test_hanging"]["message"]
+    assert "illegal memory access" in found["test_breaking"]["message"]
+    assert "assert 1 == 2" in found["test_wrong"]["message"]
+
+    leave_out.write_text("\n".join(results.ended("correctness")))
+    before = len(results.read())
+    assert subprocess.run(command, cwd=tmp_path, env=names, check=False, timeout=100).returncode == 5  # no tests
+    assert len(results.read()) == before
 
 
 def test_lines_of_another_device_or_source_do_not_count(tmp_path: Path) -> None:
