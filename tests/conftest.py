@@ -15,6 +15,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# With AMX oneDNN's bfloat16 convolutions of maps of 2×1 return NaN now and then (torch 2.14.1; never without AMX).
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 
 import torch._dynamo  # before torch.empty is patched: it finds functions by identity
 

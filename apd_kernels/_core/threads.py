@@ -35,9 +35,32 @@ def in_threads(work: Callable[[Item], Result], items: Iterable[Item], at_once: i
     threads = torch.get_num_threads()
     workers = min(threads, at_once or threads)
     if workers == 1 or len(every) < 4 * workers:
-        return [work(item) for item in every]
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
+        return _on_all_cores(work, every)
+    with ThreadPoolExecutor(
+        workers, initializer=torch.set_num_threads, initargs=(_power_of_two(threads // workers),)
+    ) as pool:
         return list(pool.map(alone, every))
+
+
+def _on_all_cores(work: Callable[[Item], Result], items: list[Item]) -> list[Result]:
+    """One item after the other, on a power of two of threads.
+
+    MKL gives each thread some of the columns. With AVX2 and 3, 5, 7, 9, 10 or 12 threads it cuts 384 of them in places
+    where its kernels add the terms of a product in another order, and equal columns are no longer equal.
+    """
+    threads = torch.get_num_threads()
+    if threads == _power_of_two(threads):
+        return [work(item) for item in items]
+    torch.set_num_threads(_power_of_two(threads))
+    try:
+        return [work(item) for item in items]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _power_of_two(number: int) -> int:
+    """The largest that is not larger."""
+    return 1 << (number.bit_length() - 1)
 
 
 def each_block(

@@ -57,10 +57,66 @@ def mine(x: Tensor, y: Tensor | None, prepared: Operands, pairing: Pairing, metr
     if not blocks:
         nothing = x.new_full(x.shape[:-1], -1, dtype=torch.int64)
         return nothing, nothing.clone()
-    if len(blocks) == 1:
-        return blocks[0][0], blocks[0][1]
-    positive_index, negative_index = (torch.cat(parts, -1) for parts in zip(*blocks, strict=True))
-    return positive_index, negative_index
+    found = blocks[0] if len(blocks) == 1 else tuple(torch.cat(parts, -1) for parts in zip(*blocks, strict=True))
+    if x.device.type == "cpu" and columns > 1:
+        _take_first_of_equal_rows(b, pairing, found)
+    return found[0], found[1]
+
+
+def _take_first_of_equal_rows(rows: Tensor, pairing: Pairing, winners: tuple[Tensor, ...]) -> None:
+    """Replace each winner by the first row of equal bits that its anchor may choose, (…, M, D).
+
+    On a CPU the product does not decide between equal rows: a BLAS library may add the terms of a column in an order
+    that depends on its place. MKL does with AVX2 (equal rows, 100 × 1000: another than the first wins for half of the
+    anchors), and in float64 also with AVX-512.
+    """
+    marks = _marks(rows)
+    ordered = marks.sort(-1).values
+    again = ordered[..., 1:] == ordered[..., :-1]
+    if not bool(again.any()):
+        return
+    for side, index in enumerate(winners):
+        for number, chosen in enumerate(index.view(-1, index.shape[-1])):
+            every, mark, repeated = (
+                (rows, marks, ordered[1:][again])
+                if rows.dim() == 2
+                else (rows[number], marks[number], ordered[number, 1:][again[number]])
+            )
+            doubtful = (chosen >= 0) & torch.isin(mark[chosen.clamp(min=0)], repeated)
+            size = max(1, BLOCK_KEYS // len(mark))
+            for start in range(0, len(chosen), size):
+                part = slice(start, min(start + size, len(chosen)))
+                anchors = doubtful[part].nonzero()[:, 0]
+                if len(anchors):
+                    allowed = pair_masks(pairing, part, slice(0, len(mark)))[side][anchors]
+                    chosen[part.start + anchors] = _first(every, mark, allowed, chosen[part.start + anchors])
+
+
+def _marks(rows: Tensor) -> Tensor:
+    """A number for each row, (…, M), equal where rows are; of 16 of its elements."""
+    some = rows[..., :: max(1, rows.shape[-1] // 16)][..., :16].contiguous()
+    bits = some.view(torch.int64 if some.element_size() == 8 else torch.int32).to(torch.int64)
+    factors = torch.arange(1, 2 * bits.shape[-1], 2, device=rows.device) * 0x9E3779B97F4A7C1
+    return (bits * factors).sum(-1)  # of integers: exact in any order
+
+
+def _first(rows: Tensor, marks: Tensor, allowed: Tensor, chosen: Tensor) -> Tensor:
+    """The first allowed row, (n, M), of the bits of each chosen one, (n,), which is allowed itself."""
+    candidates = (marks == marks[chosen, None]) & allowed
+    found = chosen.clone()
+    left = torch.arange(len(chosen), device=chosen.device)
+    while len(left):
+        first = candidates[left].to(torch.uint8).argmax(1)
+        equal = _same_bits(rows[first], rows[chosen[left]])
+        found[left[equal]] = first[equal]
+        candidates[left[~equal], first[~equal]] = False
+        left = left[~equal]
+    return found
+
+
+def _same_bits(a: Tensor, b: Tensor) -> Tensor:
+    bits = torch.int64 if a.element_size() == 8 else torch.int32
+    return (a.view(bits) == b.view(bits)).all(-1)
 
 
 def _better(

@@ -91,7 +91,9 @@ def solve(x: Tensor, labels: Tensor, epsilon: float, step_size: float, steps: in
         np.subtract(half, q, out=keys[1])  # of row i as ½ d²_ij: the term that its whole row shares is left out
         np.add(excluded[0], keys[1], out=keys[0])
         np.subtract(excluded[1], keys[1], out=keys[1])
-        winner = keys.reshape(2 * n, n).argmax(1)
+        # The first of those that only rounding tells apart: a BLAS library may round equal columns differently.
+        both = keys.reshape(2 * n, n)
+        winner = (both >= both.max(1, keepdims=True) - nothing).argmax(1)
         square = 2 * (side * keys.reshape(-1)[winner + first] + np.tile(half, 2))
         near = ~((square > nothing) & valid)
         distance = np.sqrt(np.where(near, 1, square))
