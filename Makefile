@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test bench gpu lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the tasks
@@ -32,6 +32,9 @@ bench: $(READY)  ## the benchmark suites: small sizes on the CPU, full sizes on 
 	@mkdir -p runs/benchmarks
 	$(BIN)/pytest benchmarks/ --benchmark-only --benchmark-json=runs/benchmarks/results.json
 	$(BIN)/python -m benchmarks.report runs/benchmarks/results.json
+
+gpu:  ## what a CUDA device says in ten minutes: correctness, errors, times; needs torch, triton, pytest, xdist, no venv
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --minutes 10
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .benchmarks build *.egg-info

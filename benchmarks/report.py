@@ -1,7 +1,8 @@
-"""Turn a result file of the suites into a table: ``python -m benchmarks.report RESULTS.json [--into FILE.md]``.
+"""Turn a result file into tables: ``python -m benchmarks.report RESULTS [--into FILE.md]``.
 
-With ``--into`` the table replaces what stands between the two marker comments of that file, so a figure in the
-documentation is always one that was measured.
+RESULTS is the JSON file of the suites, or the JSON lines of `benchmarks.gpu` (``runs/gpu/results.jsonl``, whose tables
+are those of docs/gpu.md). With ``--into`` the table replaces what stands between the two marker comments of that file,
+so a figure in the documentation is always one that was measured.
 """
 
 from __future__ import annotations
@@ -74,14 +75,26 @@ def insert(file: Path, text: str, begin: str, end: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, help="written by pytest benchmarks/ --benchmark-json=RESULTS.json")
+    parser.add_argument(
+        "results", type=Path, help="RESULTS.json of pytest-benchmark, or results.jsonl of benchmarks.gpu"
+    )
     parser.add_argument("--into", type=Path, help="file whose marked section the table replaces")
     arguments = parser.parse_args()
-    text = table(json.loads(arguments.results.read_text()))
+    begin, end = BEGIN, END
+    if arguments.results.suffix == ".jsonl":
+        from benchmarks import gpu_report
+
+        begin, end = gpu_report.BEGIN, gpu_report.END
+        try:
+            text = gpu_report.tables(arguments.results, toy=arguments.into is None)  # a rehearsal documents nothing
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
+    else:
+        text = table(json.loads(arguments.results.read_text()))
     if arguments.into is None:
         print(text)
         return
-    insert(arguments.into, text, BEGIN, END)
+    insert(arguments.into, text, begin, end)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from apd_kernels import rank_metrics
 from benchmarks import eager
-from benchmarks.workload import DEVICE, ON_GPU, identities
+from benchmarks.workload import ON_GPU, ranking_features
 
 # Queries, gallery images, dimension, people.
 MARKET = (3368, 19732, 2048, 751)
@@ -23,20 +23,6 @@ HERE = list(SIZES)[1:] if ON_GPU else list(SIZES)[:2]
 SPREADS = [0.5, 1.0, 1.45]  # features from separable to hard: mAP near 1, 0.8, 0.2 at the small size
 
 
-def _features(size: str, spread: float) -> tuple[torch.Tensor, ...]:
-    """Identity structure in 64 dimensions, as real features have it; distractors are spread as the centres are."""
-    queries, gallery, dimension, people = SIZES[size]
-    low, ids = identities(people, -(-(queries + gallery) // people), 64, spread)
-    order = torch.randperm(len(ids), device=DEVICE)[: queries + gallery]
-    low, ids = low[order], ids[order]
-    if size in DISTRACTORS:
-        others = torch.randn(DISTRACTORS[size], 64, device=DEVICE) * (1 + spread**2) ** 0.5
-        low, ids = torch.cat([low, others]), torch.cat([ids, ids.new_full((len(others),), people)])
-    rows = low @ torch.randn(64, dimension, device=DEVICE)
-    cams = torch.randint(0, 6, (len(ids),), device=DEVICE)
-    return rows[:queries], rows[queries:], ids[:queries], ids[queries:], cams[:queries], cams[queries:]
-
-
 @pytest.mark.parametrize("spread", SPREADS)
 @pytest.mark.parametrize("size", HERE)
 @pytest.mark.parametrize("candidate", ["ours", "eager", "numpy loop", "floor"])
@@ -44,7 +30,7 @@ def test_rank_metrics(measure: Callable[..., None], candidate: str, size: str, s
     """From features to mAP and rank-1; the floor is the product of the normalized rows."""
     if candidate == "numpy loop" and ON_GPU:
         pytest.skip("the loop over queries is what CPUs run")
-    inputs = _features(size, spread)
+    inputs = ranking_features(*SIZES[size], spread=spread, distractors=DISTRACTORS.get(size, 0))
     query, gallery = inputs[:2]
     unit, unit_gallery = (F.normalize(query), F.normalize(gallery)) if candidate == "floor" else (query, gallery)
 

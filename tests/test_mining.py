@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Backend
+from kernel_backends import on_kernels
 from oracle import METRICS, assert_close, distances, features, leaf, masks, pairing_options, peak_memory, tolerance
 from torch import Tensor
 
@@ -248,9 +249,7 @@ def test_rows_of_mixed_size(backend: Backend, kind: str, monkeypatch: pytest.Mon
 def test_stale_rows_of_a_memory_do_no_harm(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slots that are not valid may hold anything finite, too: 1e9 in a quarter of them."""
     for large in (1 << 33, 0):
-        if large == 0 and not backend.interpreted:
-            continue
-        if large == 0:
+        if large == 0 and backend.name == "triton":
             monkeypatch.setattr("apd_kernels.kernels.prepared.LARGE_PRODUCTS", 0)
         x, labels = features(9, 16, dtype=torch.float32, identities=3)
         y, y_labels = features(80, 16, dtype=torch.float32, seed=1, identities=3)
@@ -270,7 +269,8 @@ def test_rows_that_change_are_prepared_again(backend: Backend) -> None:
         batch_hard(bank + 1, labels, kept, labels)
 
 
-def test_short_anchors_of_dot_products(monkeypatch: pytest.MonkeyPatch) -> None:
+@on_kernels
+def test_short_anchors_of_dot_products(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the tiles above the diagonal: an anchor's scale beside a far longer row must not flush its keys to 0."""
     mining = pytest.importorskip("apd_kernels.kernels.mining")
     monkeypatch.setattr("apd_kernels.kernels.prepared.LARGE_PRODUCTS", 0)
@@ -278,9 +278,7 @@ def test_short_anchors_of_dot_products(monkeypatch: pytest.MonkeyPatch) -> None:
     x, labels = features(40, 20, dtype=torch.float32, identities=8)
     x *= 1e-8
     x[3] *= 1e26
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with use_backend("triton"):
-        mined = batch_hard(x.to(device), labels.to(device), metric="dot")
+    mined = batch_hard(x.to(backend.device), labels.to(backend.device), metric="dot")
     d = distances(x, x, "dot")
     _, negative = masks(labels)
     short = torch.arange(40) != 3

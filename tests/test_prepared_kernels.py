@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
+from conftest import Backend
+from kernel_backends import on_kernels
 from oracle import METRICS, assert_close, distances, leaf
 from torch import Tensor
 
 pytest.importorskip("triton")
 
-from apd_kernels import pairwise_distance, prepare_rows, use_backend
+from apd_kernels import pairwise_distance, prepare_rows
 from apd_kernels.kernels import _launch, _tuning, prepared
 from apd_kernels.kernels import distance as kernels
 from apd_kernels.prepared import Operands
 
+pytestmark = on_kernels
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EUCLIDEAN = ("euclidean", "sqeuclidean")
 
 
 @pytest.fixture(autouse=True)
-def _small_problems_split(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Small problems take the route of large ones; in the interpreter with tiles that they fill several of."""
+def _small_problems_split(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small problems take the route of large ones; in the interpreter with tiles that they fill several of, on a GPU
+    with its own."""
     monkeypatch.setattr(prepared, "LARGE_PRODUCTS", 0)
-    for kernel in ("distance.split", "distance.plain", "gradient.split"):
+    for kernel in ("distance.split", "distance.plain", "gradient.split") if backend.interpreted else ():
         rows = _tuning.TABLE[kernel]
         options = {**rows[0].options, "BM": 32, "BK": 32} | ({"BD": 64} if "gradient" in kernel else {"BN": 32})
         monkeypatch.setitem(rows, 0, _tuning.Tile(options, "for small problems"))
-    with use_backend("triton"):
-        yield
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -84,7 +84,10 @@ def test_split_error(kind: str, d: int) -> None:
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize(("n", "m", "d"), [(1, 1, 1), (70, 37, 50), (33, 100, 64), (20, 5, 130)])
+@pytest.mark.parametrize(
+    ("n", "m", "d"),
+    [(1, 1, 1), (70, 37, 50), (33, 100, 64), (20, 5, 130), pytest.param(700, 390, 2048, marks=pytest.mark.gpu)],
+)
 def test_matches_float64(n: int, m: int, d: int, metric: str) -> None:
     x, y = normal(n, d), normal(m, d, seed=1)
     for other in (y, None):
@@ -175,7 +178,7 @@ def test_zero_nan_and_infinite_rows() -> None:
 @pytest.mark.parametrize("metric", ["euclidean", "dot"])
 def test_triangle(metric: str) -> None:
     """x against itself: above the diagonal the bits of x against a copy, below their mirror image."""
-    for n in (1, 50, 70, 130):
+    for n in (1, 50, 70, 130) if DEVICE == "cpu" else (1, 130, 260, 1000):
         x = normal(n, 20, seed=n)
         ours = pairwise_distance(x, metric=metric, precision="fp32")
         full = pairwise_distance(x, x.clone(), metric=metric, precision="fp32")
@@ -223,7 +226,7 @@ def test_descriptors_and_pointers(metric: str, monkeypatch: pytest.MonkeyPatch) 
         for module in (prepared, kernels):
             monkeypatch.setattr(module, "has_tma", lambda _, tma=tma: tma)
         found = []
-        for shape in ((40, 70), (2, 33, 40)):
+        for shape in ((40, 70), (2, 33, 40)) if DEVICE == "cpu" else ((40, 70), (2, 333, 400)):
             x, y = normal(*shape), normal(*shape[:-2], 20, shape[-1], seed=1)
             for other in (y, None):
                 a, b = leaf(x, DEVICE), None if other is None else leaf(other, DEVICE)
@@ -237,7 +240,7 @@ def test_descriptors_and_pointers(metric: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("shape", [(50, 40), (2, 20, 130)], ids=str)
+@pytest.mark.parametrize("shape", [(50, 40), (2, 20, 130), pytest.param((300, 2048), marks=pytest.mark.gpu)], ids=str)
 def test_gradient(metric: str, shape: tuple[int, ...]) -> None:
     """Against float64, for weights of very different size: rows, and chunks of a row, are scaled on their own."""
     x, y = normal(*shape) + 10, normal(*shape[:-2], 45, shape[-1], seed=1) + 10
