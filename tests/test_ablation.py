@@ -283,6 +283,23 @@ def test_killed_in_the_middle(whole: str, place: Path) -> None:
     assert Run(place / "straight").fingerprint() == Run(place / "killed/runs/baseline/0").fingerprint()
 
 
+def test_trainings_share_the_threads(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of five, two at once take two each, and say so; one that goes on keeps its number."""
+    text = PLAN[: PLAN.index("brackets:")].replace("seeds: [0, 1]", "seeds: 0")
+    text = text.replace(ROWS, "\n  baseline: [perturbation=none, model.ssd=none]\n")
+    write_text(place / "threads.yaml", text.replace("{spnet: [baseline, longer], apd: spnet}", "{}"))
+    path = place / "threads/runs/baseline/0"
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    for jobs in (2, 5):
+        assert "baseline/0: training, 2 threads" in run(
+            *command(place, "--jobs", jobs, file="threads.yaml", output="threads")
+        )
+        assert Run(path).info()["threads"] == 2
+        assert (path / "ablation.log").read_text().count("2 threads") == {2: 1, 5: 2}[jobs]
+        (path / "best.safetensors").unlink()
+
+
 def test_a_run_of_another_configuration_is_refused(whole: str, place: Path) -> None:
     shutil.copytree(place / "out/runs/baseline", place / "foreign/runs/baseline")
     path = place / "foreign/runs/baseline/1"

@@ -12,12 +12,14 @@ from apd.cli.ablation import ablate
 from apd.cli.data import check, known
 from apd.cli.evaluation import evaluate, rerank
 from apd.cli.features import FILE_HELP, extract
+from apd.openmp import let_waiting_threads_sleep
 from apd.cli.retrieval import index, search
 from apd.cli.runs import export, hardtest, report
 from apd.cli.tools import demo, env
 from apd.cli.training import show, synthesize, train
 
 app = typer.Typer(
+    callback=let_waiting_threads_sleep,  # before a command imports PyTorch
     help="Person re-identification: train APD models, extract and evaluate features, build and search galleries.",
     no_args_is_help=True,
     add_completion=False,
