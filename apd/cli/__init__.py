@@ -12,11 +12,11 @@ from apd.cli.ablation import ablate
 from apd.cli.data import check, known
 from apd.cli.evaluation import evaluate, rerank
 from apd.cli.features import FILE_HELP, extract
-from apd.openmp import let_waiting_threads_sleep
 from apd.cli.retrieval import index, search
 from apd.cli.runs import export, hardtest, report
 from apd.cli.tools import demo, env
 from apd.cli.training import show, synthesize, train
+from apd.openmp import let_waiting_threads_sleep
 
 app = typer.Typer(
     callback=let_waiting_threads_sleep,  # before a command imports PyTorch

@@ -27,19 +27,18 @@ def available_cpus() -> int:
         cpus = len(os.sched_getaffinity(0))
     except AttributeError:  # macOS and Windows
         cpus = os.cpu_count() or 1
-    return max(1, min(cpus, math.floor(_quota())))
+    return max(1, math.floor(min(cpus, _quota())))
 
 
 def _quota() -> float:
-    """CPUs of the container, of cgroups version 2 or 1; as many as one likes where nothing is said."""
+    """CPUs of the container: quota and period, in one file (cgroups, version 2) or in two (version 1)."""
     for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
-        try:
-            quota, period = " ".join((_CGROUPS / name).read_text() for name in names).split()
+        files = [_CGROUPS / name for name in names]
+        if all(file.is_file() for file in files):
+            quota, period = " ".join(file.read_text() for file in files).split()
             if quota not in ("max", "-1"):
                 return int(quota) / int(period)
-        except (OSError, ValueError):
-            continue
-    return 1e6
+    return math.inf
 
 
 def available_threads() -> int:
