@@ -10,6 +10,7 @@ import sys
 
 import torch
 
+from apd.openmp import WAITING
 from apd_kernels._core.backend import HAS_TRITON, INTERPRETED, named_backend
 
 _PACKAGES = ("torch", "triton", "numpy", "faiss", "timm", "torchvision", "accelerate")
@@ -19,6 +20,8 @@ _VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
     "CUDA_LAUNCH_BLOCKING",
     "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    *WAITING,
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
     "NVIDIA_TF32_OVERRIDE",
 )

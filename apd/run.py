@@ -1,7 +1,7 @@
 """The folder of a training run, ``runs/NAME``.
 
 config.yaml           every value of the configuration
-run.json              data folders, versions, seconds of each stage, results
+run.json              data folders, versions, threads, seconds of each stage, results
 metrics.csv           losses by step; tensorboard/ holds the same
 generator.safetensors MPG-Net's generator, after stage 1
 synthesized/          hard-matching images in the layout of their data sets

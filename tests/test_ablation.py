@@ -283,6 +283,30 @@ def test_killed_in_the_middle(whole: str, place: Path) -> None:
     assert Run(place / "straight").fingerprint() == Run(place / "killed/runs/baseline/0").fingerprint()
 
 
+def test_trainings_share_the_threads(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of five, two at once take two each; one that goes on keeps its number. Nothing is trained here."""
+    text = PLAN[: PLAN.index("brackets:")].replace("seeds: [0, 1]", "seeds: 0")
+    text = text.replace(ROWS, "\n  baseline: [perturbation=none, model.ssd=none]\n")
+    write_text(place / "threads.yaml", text.replace("{spnet: [baseline, longer], apd: spnet}", "{}"))
+    given = []
+
+    class Process:
+        def __init__(self, command: list[str], *, env: dict[str, str], **pipes: object) -> None:
+            given.append(env["OMP_NUM_THREADS"])
+
+        def wait(self) -> int:
+            return 1
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    for jobs in (2, 5):
+        printed = run(*command(place, "--jobs", jobs, file="threads.yaml", output="threads"), code=1)
+        assert "baseline/0: training, 2 threads" in printed
+    assert given == ["2", "2"]
+    assert Run(place / "threads/runs/baseline/0").info()["threads"] == 2
+
+
 def test_a_run_of_another_configuration_is_refused(whole: str, place: Path) -> None:
     shutil.copytree(place / "out/runs/baseline", place / "foreign/runs/baseline")
     path = place / "foreign/runs/baseline/1"

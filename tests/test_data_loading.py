@@ -218,6 +218,18 @@ def test_workers_change_nothing(paths: list[Path], cache: bool) -> None:
     _assert_equal(_batches(store, workers=2), _batches(store))
 
 
+def test_workers_take_one_thread_each(store: ImageStore) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        order = {"seed": 0, "start": 0, "stop": 2, "workers": 2}
+        sampler = PKSampler(LABELS, 12, 4, seed=0)
+        batches = list(training_batches(store, sampler, lambda image: torch.tensor(torch.get_num_threads()), **order))
+    finally:
+        torch.set_num_threads(threads)
+    assert [batch.images.tolist() for batch in batches] == [[1] * 12] * 2
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_restart_changes_nothing(store: ImageStore, workers: int) -> None:
     whole = _batches(store)

@@ -69,6 +69,7 @@ def test_run_folder(whole: Run, data: Path) -> None:
     assert [file.stem for file in synthesized] == [file.stem for file in originals]
     info = whole.info()
     assert info["data"] == [str(data)]
+    assert info["threads"] == 1
     assert set(info["seconds"]) == {"mpg", "synthesize", "sp"}
     (own,) = info["own_test"].values()
     assert own["end"]["queries"] == 8

@@ -24,8 +24,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from apd.ablation.plan import Bracket, Plan, Row
 from apd.ablation.results import ResultFile
 from apd.config import SETTINGS, Config, shown, value_of
@@ -39,6 +37,7 @@ from apd.run import CONFIG, GENERATOR, WEIGHTS, Run
 from apd.target_tests import Target, Tested, load_target, save_queries
 from apd.training.sources import gather_sources
 from apd.training.sp import total_steps
+from apd.training.threads import available_threads
 from apd.training.train import start_run
 
 RESULTS, TABLE, LOG = "results.jsonl", "results.md", "ablation.log"
@@ -129,7 +128,7 @@ class Ablation:
             self._test_bracket(bracket)
         chosen = [job for job in self.jobs.values() if train or job.finished()]
         futures: dict[str, Future[None]] = {}
-        threads = max(1, torch.get_num_threads() // at_once)
+        threads = max(1, available_threads() // at_once)
         pool = ThreadPoolExecutor(at_once)
         try:
             for job in chosen:  # in the order of the file: what a job waits for has begun before it
@@ -159,7 +158,8 @@ class Ablation:
     def _train(self, job: Job, threads: int) -> None:
         """In a process of its own, from where the run stands."""
         if not (job.path / CONFIG).is_file():
-            start_run(job.path, job.config, self._data)
+            start_run(job.path, job.config, self._data, threads=threads)
+        threads = Run(job.path).info().get("threads", threads)  # runs of older versions do not say
         generator = job.path / GENERATOR
         if job.row.generator is not None and not generator.is_file():
             source = self.jobs[f"{job.row.generator}/{job.seed}"]

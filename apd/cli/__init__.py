@@ -16,8 +16,10 @@ from apd.cli.retrieval import index, search
 from apd.cli.runs import export, hardtest, report
 from apd.cli.tools import demo, env
 from apd.cli.training import show, synthesize, train
+from apd.openmp import let_waiting_threads_sleep
 
 app = typer.Typer(
+    callback=let_waiting_threads_sleep,  # before a command imports PyTorch
     help="Person re-identification: train APD models, extract and evaluate features, build and search galleries.",
     no_args_is_help=True,
     add_completion=False,

@@ -8,6 +8,7 @@ import platform
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -31,19 +32,21 @@ from apd.training.mpg import check_mpg, train_mpg
 from apd.training.ranks import join, on_first, own_rows
 from apd.training.sources import Sources, gather_sources
 from apd.training.sp import check_sp, train_sp
+from apd.training.threads import available_threads, training_threads, useful_threads
 from apd.training.validation import evaluate_samples
 
 BASELINE = "baseline"  # folder of the trunk's run
 SYNTHESIZED = "synthesized"
 
 
-def start_run(path: Path, config: Config, data: Sequence[Path | str | DataSpec]) -> Run:
+def start_run(path: Path, config: Config, data: Sequence[Path | str | DataSpec], *, threads: int | None = None) -> Run:
     """Make the folder of a new run.
 
     Args:
         path: the folder; it may exist, but holds no run yet.
         config: every value.
         data: the source domains: folders, or what `DataSpec.parse` reads.
+        threads: at most so many for a training on the CPU; default: as many as there are.
 
     Raises:
         InputError: the folder holds a run, or the data or the configuration cannot be used; then no folder is made.
@@ -71,6 +74,7 @@ def start_run(path: Path, config: Config, data: Sequence[Path | str | DataSpec])
         images=_listing(folders),
         started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions={"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+        threads=useful_threads(config, threads or available_threads()),
     )
     save_config(config, path / CONFIG)
     return Run(path)
@@ -93,9 +97,16 @@ def train_run(run: Run, device: str) -> dict[str, Any]:
         InputError: the data or the configuration cannot be used.
     """
     join(device)
+    check_precision(run.config, device)  # now, not after stage 1
+    own_rows(run.config.train)
+    began = on_first(lambda: run.info().get("threads"))
+    with training_threads(began) if device == "cpu" else nullcontext():
+        _train(run, device)
+    return run.info()
+
+
+def _train(run: Run, device: str) -> None:
     config, path = run.config, run.path
-    check_precision(config, device)  # now, not after stage 1
-    own_rows(config.train)
     folders = on_first(lambda: _read_sources(run))
     sources, validation = _gathered(folders, config)
     if config.perturbation in ("generator", "both"):
@@ -107,7 +118,6 @@ def train_run(run: Run, device: str) -> dict[str, Any]:
         seconds = train_sp(path, sources, validation, config, device)
         on_first(lambda: _took(path, "sp", seconds))
     on_first(lambda: _report(run, folders, sources, device))
-    return run.info()
 
 
 def _read_sources(run: Run) -> list[ReidFolder]:
