@@ -11,7 +11,7 @@ import sys
 import torch
 
 from apd.openmp import WAITING
-from apd_kernels._core.backend import HAS_TRITON, INTERPRETED, named_backend
+from apd_kernels._core.backend import HAS_TRITON, INTERPRETED, missing_triton, named_backend
 
 _PACKAGES = ("torch", "triton", "numpy", "faiss", "timm", "torchvision", "accelerate")
 _VARIABLES = (
@@ -86,6 +86,6 @@ def _backend() -> str:
     named = named_backend()
     if named is not None:
         return f"{named} (named by APD_KERNELS_BACKEND)"
-    cuda = "triton" if HAS_TRITON else "torch"
+    cuda = "triton" if HAS_TRITON else f"torch ({missing_triton()})"
     interpreter = ", Triton's interpreter is on" if INTERPRETED and "triton" in sys.modules else ""
     return f"automatic: {cuda} for CUDA tensors, torch for others{interpreter}"

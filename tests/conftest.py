@@ -32,16 +32,19 @@ _without_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not insta
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a CUDA device, gpu tests are left out, or skipped where they are asked for by ``-m``."""
-    if torch.cuda.is_available():
-        return
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if "gpu" in config.option.markexpr:
-        for item in gpu:
-            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-    else:
-        config.hook.pytest_deselected(items=gpu)
-        items[:] = [item for item in items if item not in set(gpu)]
+    """Tests marked `long` run where ``-m`` asks for them; gpu tests where there is a device, and are skipped where they
+    are asked for without one."""
+    asked = config.option.markexpr
+    left_out = [] if "long" in asked else [item for item in items if item.get_closest_marker("long")]
+    if not torch.cuda.is_available():
+        gpu = [item for item in items if item.get_closest_marker("gpu")]
+        if "gpu" in asked:
+            for item in gpu:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        else:
+            left_out += gpu
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from apd_kernels import pairwise_distance, use_backend
 from apd_kernels._core import backend as backend_module
 from apd_kernels._core.backend import resolve_backend
 from apd_kernels._core.precision import resolve_precision
+
+pytestmark = pytest.mark.oldest
 
 
 def test_automatic_choice_on_the_cpu() -> None:
@@ -49,8 +52,49 @@ def test_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(TypeError, match="float64 is served by the 'torch' backend only"):
             pairwise_distance(x.double())
         monkeypatch.setattr(backend_module, "HAS_TRITON", False)
+        monkeypatch.setattr(backend_module, "TRITON_VERSION", None)
         with pytest.raises(RuntimeError, match="triton is not installed"):
             pairwise_distance(x)
+        monkeypatch.setattr(backend_module, "TRITON_VERSION", (3, 0))
+        with pytest.raises(RuntimeError, match=r"backend 'triton': expected triton 3\.6 or newer, got 3\.0"):
+            pairwise_distance(x)
+
+
+@pytest.mark.parametrize("version", ["3.5.1", "3.0.0"])
+def test_an_older_triton_is_left_alone(version: str) -> None:
+    """PyTorch 2.4 to 2.9 bring versions that do not compile all kernels: PyTorch serves, a named backend says so."""
+    code = f"""
+import importlib.metadata
+installed = importlib.metadata.version
+importlib.metadata.version = lambda name: {version!r} if name == "triton" else installed(name)
+import torch
+from apd_kernels._core.backend import HAS_TRITON, missing_triton
+assert not HAS_TRITON
+print(missing_triton())
+"""
+    assert f"expected triton 3.6 or newer, got {version[:3]}" in _python(code).stdout
+
+
+def test_every_thread_names_its_own_backend() -> None:
+    found: list[str | None] = []
+    with use_backend("torch"):
+        other = threading.Thread(target=lambda: found.append(backend_module.named_backend()))
+        other.start()
+        other.join()
+    assert found == [None]
+
+
+def test_a_compiled_function_follows_the_named_backend() -> None:
+    """What was compiled under one backend is not run under another."""
+    x = torch.randn(8, 4)
+    compiled = torch.compile(lambda rows: pairwise_distance(rows), fullgraph=True, backend="aot_eager")
+    with use_backend("torch"):
+        expected = compiled(x)
+    with use_backend("triton"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend_module, "INTERPRETED", False)
+        with pytest.raises(Exception, match="expected CUDA tensors, got cpu|Observed exception|raised exception"):
+            compiled(x)
+    torch.testing.assert_close(compiled(x), expected)
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -106,7 +150,8 @@ print([name for name in sys.modules if name.startswith(("faiss", "apd_kernels.ke
 def test_precision_follows_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The argument wins; otherwise the newer switch, then the older one."""
     assert resolve_precision("bf16") == "bf16"
-    for switch, expected in (("ieee", "fp32"), ("tf32", "tf32")):
+    newer = (("ieee", "fp32"), ("tf32", "tf32")) if hasattr(torch.backends.cuda.matmul, "fp32_precision") else ()
+    for switch, expected in newer:
         assert (
             _python(
                 f"import torch; torch.backends.cuda.matmul.fp32_precision = {switch!r}\n"

@@ -10,6 +10,8 @@ from oracle import METRICS, assert_close, distances, features, leaf, tolerance
 
 from apd_kernels import pairwise_distance, prepare_rows
 
+pytestmark = pytest.mark.oldest
+
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 

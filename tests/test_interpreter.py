@@ -14,7 +14,10 @@ import triton.language as tl
 
 from apd_kernels._core.backend import INTERPRETED
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the interpreter is used where there is no CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not INTERPRETED, reason="the interpreter is used where there is no CUDA device"),
+    pytest.mark.oldest,
+]
 
 
 @pytest.mark.parametrize("order", ["rows", "columns"])

@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from apd_kernels import Pair, batch_hard, triplet_loss
 
+pytestmark = pytest.mark.oldest
+
 
 def expected_triplet(
     x: Tensor,

@@ -19,6 +19,8 @@ import apd_kernels.memory
 from apd_kernels import ClusterMemory, CrossBatchMemory, batch_hard, triplet_loss, use_backend
 from apd_kernels.memory import NO_LABEL
 
+pytestmark = pytest.mark.oldest
+
 
 def batches(*sizes: int, dimension: int = 5, identities: int = 4, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     rows, labels = features(max(1, sum(sizes)), dimension, dtype=torch.float32, seed=seed, identities=identities)

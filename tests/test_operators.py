@@ -14,6 +14,8 @@ from apd_kernels import prepare_rows
 from apd_kernels._core.pairing import Pairing
 from apd_kernels.prepared import Operands
 
+pytestmark = pytest.mark.oldest
+
 OPERATORS: dict[str, Callable[[], list[tuple[Any, ...]]]] = {}
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from apd_kernels import paired_distance
 
+pytestmark = pytest.mark.oldest
+
 
 def oracle(x: Tensor, y: Tensor, metric: str) -> Tensor:
     """Row by row in float64; differentiable except at 0."""

@@ -18,6 +18,8 @@ from apd_kernels import RankAccumulator, RankMetrics, rank_metrics, rank_metrics
 from apd_kernels._core.ranks import AVERAGE_PRECISIONS
 from apd_kernels.prepared import METRICS
 
+pytestmark = pytest.mark.oldest
+
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 

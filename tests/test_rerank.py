@@ -26,7 +26,7 @@ from apd_kernels.reference import rerank as reference
 from apd_kernels.rerank import RERANK_METRICS, VARIANTS, _prepared
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+pytestmark = [pytest.mark.oldest, pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")]
 
 
 def rows(count: int, dimension: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:

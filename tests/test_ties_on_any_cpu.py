@@ -13,6 +13,8 @@ from torch import Tensor
 from apd_kernels import batch_hard, use_backend
 from apd_kernels.reference import mining
 
+pytestmark = pytest.mark.oldest
+
 
 @pytest.fixture(autouse=True)
 def _columns_are_rounded_by_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 import apd_kernels as ak
 
+pytestmark = pytest.mark.oldest
+
 Operation = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 

@@ -1,17 +1,19 @@
 """Which implementation runs: Triton kernels or the PyTorch path.
 
-Automatic: Triton for CUDA tensors (not float64), PyTorch otherwise. A backend named with `use_backend` or with the
-environment variable ``APD_KERNELS_BACKEND`` is used or raises; it never falls back.
+Automatic: Triton for CUDA tensors (not float64) where version 3.6 or newer is installed, PyTorch otherwise. A backend
+named with `use_backend` or with the environment variable ``APD_KERNELS_BACKEND`` is used or raises; it never falls back.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
+import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType
 
 import torch
@@ -20,7 +22,22 @@ from torch import Tensor
 BACKENDS = ("triton", "torch")
 ENVIRONMENT_VARIABLE = "APD_KERNELS_BACKEND"
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Of those before, 3.5 refuses a kernel of ssd_mask, 3.4 ends in a recursion, and 3.3 has no host descriptors of tiles.
+OLDEST_TRITON = (3, 6)
+
+
+def _triton_version() -> tuple[int, ...] | None:
+    """(3, 6) of 3.6.0; None where it is not installed. Not by importing it, which takes longer than this package."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    for distribution in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-windows"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return tuple(map(int, re.findall(r"\d+", importlib.metadata.version(distribution))[:2]))
+    return OLDEST_TRITON  # built by hand: it says at its first kernel what it lacks
+
+
+TRITON_VERSION = _triton_version()
+HAS_TRITON = TRITON_VERSION is not None and TRITON_VERSION >= OLDEST_TRITON
 # Triton reads this when it is imported; under its interpreter the kernels also run on CPU tensors.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -69,6 +86,14 @@ def named_backend() -> str | None:
     return getattr(_named, "backend", _DEFAULT)
 
 
+def missing_triton() -> str:
+    """Why there are no kernels where HAS_TRITON is false."""
+    if TRITON_VERSION is None:
+        return "triton is not installed"
+    needed, found = (".".join(map(str, version)) for version in (OLDEST_TRITON, TRITON_VERSION))
+    return f"expected triton {needed} or newer, got {found}"
+
+
 def resolve_backend(x: Tensor) -> str:
     """The backend that serves inputs like `x`; raises when a named one cannot."""
     name = named_backend()
@@ -76,7 +101,7 @@ def resolve_backend(x: Tensor) -> str:
         return "triton" if x.is_cuda and HAS_TRITON and x.dtype != torch.float64 else "torch"
     if name == "triton":
         if not HAS_TRITON:
-            raise RuntimeError("backend 'triton': triton is not installed; install it or use the 'torch' backend")
+            raise RuntimeError(f"backend 'triton': {missing_triton()}; install it or use the 'torch' backend")
         if not x.is_cuda and not INTERPRETED:
             raise RuntimeError(
                 f"backend 'triton': expected CUDA tensors, got {x.device.type}; "
