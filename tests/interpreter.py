@@ -26,7 +26,7 @@ def mend() -> None:
 
     InterpreterBuilder = interpreter.InterpreterBuilder
     interpreter._get_np_dtype = _looked_up_once(interpreter._get_np_dtype)
-    interpreter.interpreter_semantic.binary_op_sanitize_overflow_impl = _check_overflow
+    interpreter.TritonSemantic.binary_op_sanitize_overflow_impl = _check_overflow
     if hasattr(interpreter, "_LangPatchScope"):
         interpreter._patch_lang = _patched_once(interpreter._patch_lang, interpreter._LangPatchScope)
 
@@ -56,7 +56,7 @@ def _looked_up_once(look: Callable[[Any], Any]) -> Callable[[Any], Any]:
 _ON_INTEGERS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
-def _check_overflow(a: Any, b: Any, operation: Callable[..., Any]) -> None:
+def _check_overflow(self: Any, a: Any, b: Any, operation: Callable[..., Any]) -> None:
     kind = a.type.scalar
     if kind.int_bitwidth < 64:
         exact = _ON_INTEGERS[operation.__name__](a.handle.data.astype(np.int64), b.handle.data.astype(np.int64))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -92,7 +93,7 @@ def test_a_compiled_function_follows_the_named_backend() -> None:
         expected = compiled(x)
     with use_backend("triton"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend_module, "INTERPRETED", False)
-        with pytest.raises(Exception, match="expected CUDA tensors, got cpu|Observed exception|raised exception"):
+        with pytest.raises(Exception, match=r"expected CUDA tensors, got cpu|[Oo]bserved exception"):
             compiled(x)
     torch.testing.assert_close(compiled(x), expected)
 
@@ -169,23 +170,26 @@ def test_precision_follows_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Inductor on the CPU needs a C++ compiler")
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="Inductor needs a C++ compiler")
 def test_inductor_compiles_a_training_step() -> None:
-    """The default torch.compile backend, once, with everything in one graph."""
-    import shutil
+    """The default torch.compile backend, once, with everything in one graph. In a process of its own: what PyTorch 2.4
+    compiles switches the process that loads it to flushing small numbers to zero."""
+    code = """
+import torch
+from apd_kernels import metric_perturb, triplet_loss
 
-    if not shutil.which("g++") and not shutil.which("clang++"):
-        pytest.skip("Inductor on the CPU needs a C++ compiler")
-    from apd_kernels import metric_perturb, triplet_loss
+x = torch.randn(16, 8, requires_grad=True)
+labels = torch.arange(16) // 4
 
-    x = torch.randn(16, 8, requires_grad=True)
-    labels = torch.arange(16) // 4
+def step(z):
+    hard = metric_perturb(z, labels, epsilon=0.1, steps=2)
+    return triplet_loss(z, labels) + 0.1 * triplet_loss(hard, labels, margin=None)
 
-    def step(z: torch.Tensor) -> torch.Tensor:
-        hard = metric_perturb(z, labels, epsilon=0.1, steps=2)
-        return triplet_loss(z, labels) + 0.1 * triplet_loss(hard, labels, margin=None)
-
-    torch.compile(step, fullgraph=True)(x).backward()
-    compiled, x.grad = x.grad, None
-    step(x).backward()
-    torch.testing.assert_close(compiled, x.grad)
+torch.compile(step, fullgraph=True)(x).backward()
+compiled, x.grad = x.grad, None
+step(x).backward()
+torch.testing.assert_close(compiled, x.grad)
+print("equal")
+"""
+    result = _python(code)
+    assert result.stdout.strip() == "equal", result.stderr

@@ -75,7 +75,8 @@ def enqueue(features: Tensor, labels: Tensor, enqueued: Tensor, x: Tensor, x_lab
         features, labels, enqueued, rows, x_labels.contiguous(), n, capacity, dimension, row_stride(rows), skipped,
         BD=1024, num_warps=4,
     )  # fmt: skip
-    torch.autograd.graph.increment_version((features, labels))
+    for written in (features, labels):  # one by one: PyTorch 2.4 takes no tuple
+        torch.autograd.graph.increment_version(written)
 
 
 def momentum_update(centroids: Tensor, valid: Tensor, x: Tensor, labels: Tensor, momentum: float) -> None:
@@ -88,4 +89,5 @@ def momentum_update(centroids: Tensor, valid: Tensor, x: Tensor, labels: Tensor,
         centroids, valid, rows, labels.contiguous(), n, identities, dimension, row_stride(rows),
         momentum, 1 - momentum, BJ=128, BD=BD, num_warps=max(1, min(16, BD // 512)),
     )  # fmt: skip
-    torch.autograd.graph.increment_version((centroids, valid))
+    for written in (centroids, valid):
+        torch.autograd.graph.increment_version(written)
