@@ -1,7 +1,7 @@
 """Which implementation runs: Triton kernels or the PyTorch path.
 
 Automatic: Triton for CUDA tensors (not float64) where version 3.6 or newer is installed, PyTorch otherwise. A backend
-named with `use_backend` or with the environment variable ``APD_KERNELS_BACKEND`` is used or raises; it never falls back.
+named with `use_backend` or the environment variable ``APD_KERNELS_BACKEND`` is used or raises; it never falls back.
 """
 
 from __future__ import annotations
