@@ -69,7 +69,9 @@ FAISS = Stage("faiss", 590, MEASURING)
 
 _PROBE = """
 import json, torch, triton
+from apd_kernels._core.backend import HAS_TRITON, missing_triton
 assert torch.cuda.is_available(), "torch.cuda.is_available() is False"
+assert HAS_TRITON, missing_triton()
 card = "{} (sm_{}{})".format(torch.cuda.get_device_name(), *torch.cuda.get_device_capability())
 print(json.dumps(f"{card}; torch {torch.__version__}, triton {triton.__version__}"))
 """

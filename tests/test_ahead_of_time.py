@@ -22,7 +22,8 @@ import triton
 
 VERSION = ".".join(triton.__version__.split(".")[:2])
 
-# By Triton version: bytes that a thread may spill, by architecture and kernel; else none. Measured with 3.6.0, 3.7.1,
+# By Triton version: bytes that a thread may spill, by architecture and kernel; else none. Other versions, which nobody
+# has looked at, have no such budget. Measured with 3.6.0, 3.7.1,
 # 3.8.0 and 3.9.0. Not measured: kernels without a product but for sm_90 and of 3.8, and under 3.7 sm_86, sm_89, sm_120.
 # sm_86 was compiled under 3.8 alone, where its products are as those of sm_89. Versions divide the same registers
 # differently. Kernels with more than 24 bytes hold an accumulator of half of the registers; a few bytes appear where
@@ -96,7 +97,7 @@ def _within_budget(launch: compilation.Compiled, architecture: int) -> None:
     """No spills but those known of this Triton, shared and tensor memory within the limits, tensor-core instructions
     where there is a matrix product. A tile that asks for too much tensor memory may compile to a trap."""
     allowed = SPILLED.get(VERSION, {}).get((architecture, launch.kernel), 0)
-    assert architecture == 100 or launch.spilled <= allowed, launch
+    assert architecture == 100 or VERSION not in SPILLED or launch.spilled <= allowed, launch
     assert launch.shared <= compilation.MAX_SHARED[architecture], launch
     assert launch.tensor_memory <= compilation.TENSOR_MEMORY, launch
     assert launch.traps == 0, launch
@@ -106,11 +107,12 @@ def _within_budget(launch: compilation.Compiled, architecture: int) -> None:
 @pytest.mark.parametrize(("case", "architecture"), _marked((80, 86, 89, 90, 100, 120)))
 def test_budget(compiler: ProcessPoolExecutor, case: object, architecture: int) -> None:
     launches = compiler.submit(compilation.compile_launches, _name(case), architecture).result()
+    assert launches
     for launch in launches:
         _within_budget(launch, architecture)
 
 
-@pytest.mark.parametrize("architecture", [80, 89, 100, 120])
+@pytest.mark.parametrize("architecture", [80, 89, *(pytest.param(it, marks=pytest.mark.long) for it in (100, 120))])
 @pytest.mark.parametrize("part", [0, 1])
 def test_every_tile(compiler: ProcessPoolExecutor, part: int, architecture: int) -> None:
     """One launch of each kernel with a matrix product and each of its tiles, of every second kernel at a time.

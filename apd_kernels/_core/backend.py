@@ -51,13 +51,15 @@ def _checked(name: str, source: str) -> str:
 _DEFAULT = os.environ.get(ENVIRONMENT_VARIABLE) or None
 if _DEFAULT is not None:
     _checked(_DEFAULT, ENVIRONMENT_VARIABLE)
-# Not a ContextVar, which torch.compile cannot read before PyTorch 2.12; of this kind, and no class of our own, it can.
+# Not a ContextVar, which torch.compile cannot read up to PyTorch 2.11.
 _named = threading.local()
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run every operation of this thread inside the block on one named backend.
+
+    Tasks of asyncio share their thread's.
 
     Args:
         name: ``"triton"`` or ``"torch"``.
@@ -89,7 +91,7 @@ def named_backend() -> str | None:
 def missing_triton() -> str:
     """Why there are no kernels where HAS_TRITON is false."""
     if TRITON_VERSION is None:
-        return "triton is not installed"
+        return "triton is not installed; install it"
     needed, found = (".".join(map(str, version)) for version in (OLDEST_TRITON, TRITON_VERSION))
     return f"expected triton {needed} or newer, got {found}"
 
@@ -101,7 +103,7 @@ def resolve_backend(x: Tensor) -> str:
         return "triton" if x.is_cuda and HAS_TRITON and x.dtype != torch.float64 else "torch"
     if name == "triton":
         if not HAS_TRITON:
-            raise RuntimeError(f"backend 'triton': {missing_triton()}; install it or use the 'torch' backend")
+            raise RuntimeError(f"backend 'triton': {missing_triton()}; use the 'torch' backend")
         if not x.is_cuda and not INTERPRETED:
             raise RuntimeError(
                 f"backend 'triton': expected CUDA tensors, got {x.device.type}; "

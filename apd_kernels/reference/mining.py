@@ -70,18 +70,13 @@ def _take_first_of_equal_rows(rows: Tensor, pairing: Pairing, winners: tuple[Ten
     that depends on its place. MKL does with AVX2 (equal rows, 100 × 1000: another than the first wins for half of the
     anchors), and in float64 also with AVX-512.
     """
-    marks = _marks(rows)
-    ordered = marks.sort(-1).values
-    again = ordered[..., 1:] == ordered[..., :-1]
-    if not bool(again.any()):
+    found = marks_of_equal_rows(rows)
+    if found is None:
         return
+    marks, repeated = found
     for side, index in enumerate(winners):
         for number, chosen in enumerate(index.view(-1, index.shape[-1])):
-            every, mark, repeated = (
-                (rows, marks, ordered[1:][again])
-                if rows.dim() == 2
-                else (rows[number], marks[number], ordered[number, 1:][again[number]])
-            )
+            every, mark = (rows, marks) if rows.dim() == 2 else (rows[number], marks[number])
             doubtful = (chosen >= 0) & torch.isin(mark[chosen.clamp(min=0)], repeated)
             size = max(1, BLOCK_KEYS // len(mark))
             for start in range(0, len(chosen), size):
@@ -92,10 +87,37 @@ def _take_first_of_equal_rows(rows: Tensor, pairing: Pairing, winners: tuple[Ten
                     chosen[part.start + anchors] = _first(every, mark, allowed, chosen[part.start + anchors])
 
 
+def marks_of_equal_rows(rows: Tensor) -> tuple[Tensor, Tensor] | None:
+    """A number for each row, (…, M), equal where rows are, and those numbers that several rows have; None without such.
+
+    Of 16 elements a row first. Only the rows that those do not tell apart are read whole: sparse features have many.
+    """
+    step = max(1, rows.shape[-1] // 16)
+    marks = _marks(rows[..., ::step][..., :16])
+    alike = torch.isin(marks, _repeated(marks))
+    if not bool(alike.any()):
+        return None
+    if rows.shape[-1] > 16:
+        unlike = torch.arange(marks.numel(), device=rows.device).view(marks.shape)  # small numbers, as marks are not
+        marks = torch.where(alike, marks, unlike)
+        places = alike.flatten().nonzero()[:, 0]
+        whole = rows.reshape(-1, rows.shape[-1])
+        for block in row_blocks(len(places), rows.shape[-1], 4):
+            marks.view(-1)[places[block]] = _marks(whole[places[block]])
+        if not len(_repeated(marks)):
+            return None
+    return marks, _repeated(marks)
+
+
+def _repeated(marks: Tensor) -> Tensor:
+    """Those that occur several times in a set."""
+    ordered = marks.sort(-1).values
+    return ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]
+
+
 def _marks(rows: Tensor) -> Tensor:
-    """A number for each row, (…, M), equal where rows are; of 16 of its elements."""
-    some = rows[..., :: max(1, rows.shape[-1] // 16)][..., :16].contiguous()
-    bits = some.view(torch.int64 if some.element_size() == 8 else torch.int32).to(torch.int64)
+    rows = rows + 0.0  # −0 is 0; contiguous
+    bits = rows.view(torch.int64 if rows.element_size() == 8 else torch.int32).to(torch.int64)
     factors = torch.arange(1, 2 * bits.shape[-1], 2, device=rows.device) * 0x9E3779B97F4A7C1
     return (bits * factors).sum(-1)  # of integers: exact in any order
 
@@ -116,7 +138,7 @@ def _first(rows: Tensor, marks: Tensor, allowed: Tensor, chosen: Tensor) -> Tens
 
 def _same_bits(a: Tensor, b: Tensor) -> Tensor:
     bits = torch.int64 if a.element_size() == 8 else torch.int32
-    return (a.view(bits) == b.view(bits)).all(-1)
+    return ((a + 0.0).view(bits) == (b + 0.0).view(bits)).all(-1)
 
 
 def _better(
