@@ -64,7 +64,7 @@ def mine(x: Tensor, y: Tensor | None, prepared: Operands, pairing: Pairing, metr
 
 
 def _take_first_of_equal_rows(rows: Tensor, pairing: Pairing, winners: tuple[Tensor, ...]) -> None:
-    """Replace each winner by the first row of equal bits that its anchor may choose, (…, M, D).
+    """Replace each winner by the first of the equal rows, (…, M, D), that its anchor may choose. −0 equals 0.
 
     On a CPU the product does not decide between equal rows: a BLAS library may add the terms of a column in an order
     that depends on its place. MKL does with AVX2 (equal rows, 100 × 1000: another than the first wins for half of the
@@ -98,8 +98,8 @@ def marks_of_equal_rows(rows: Tensor) -> tuple[Tensor, Tensor] | None:
     if not bool(alike.any()):
         return None
     if rows.shape[-1] > 16:
-        unlike = torch.arange(marks.numel(), device=rows.device).view(marks.shape)  # small numbers, as marks are not
-        marks = torch.where(alike, marks, unlike)
+        # A number of its own for every other row. One may meet a mark, as a row of zeros has 0: `_first` compares rows.
+        marks = torch.where(alike, marks, torch.arange(marks.numel(), device=rows.device).view(marks.shape))
         places = alike.flatten().nonzero()[:, 0]
         whole = rows.reshape(-1, rows.shape[-1])
         for block in row_blocks(len(places), rows.shape[-1], 4):
@@ -116,7 +116,7 @@ def _repeated(marks: Tensor) -> Tensor:
 
 
 def _marks(rows: Tensor) -> Tensor:
-    rows = rows + 0.0  # −0 is 0; contiguous
+    rows = rows + 0.0  # −0 is 0
     bits = rows.view(torch.int64 if rows.element_size() == 8 else torch.int32).to(torch.int64)
     factors = torch.arange(1, 2 * bits.shape[-1], 2, device=rows.device) * 0x9E3779B97F4A7C1
     return (bits * factors).sum(-1)  # of integers: exact in any order
