@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from apd.config import Config
+from apd.config.values import Config
 from apd.errors import InputError
 from apd.files import write_bytes, write_json
 
@@ -54,7 +54,7 @@ class Run:
     """
 
     def __init__(self, path: Path | str) -> None:
-        from apd.config_files import load_config
+        from apd.config.files import load_config
 
         self.path = Path(path)
         if not (self.path / CONFIG).is_file():

@@ -2,20 +2,14 @@
 
 from apd_kernels import nn
 from apd_kernels._core.backend import use_backend
+from apd_kernels._core.operands import PreparedRows
+from apd_kernels.adversarial import metric_perturb
 from apd_kernels.contrastive import circle_loss, supervised_contrastive_loss
 from apd_kernels.distance import pairwise_distance
 from apd_kernels.distributed import GatheredBatch, gather_features
-from apd_kernels.gallery import Gallery, GalleryError, SearchResult
-from apd_kernels.losses import triplet_loss
-from apd_kernels.memory import ClusterMemory, CrossBatchMemory
-from apd_kernels.mining import HardPairs, Pair, batch_hard
-from apd_kernels.neighbors import Neighbors, knn
-from apd_kernels.paired import paired_distance
-from apd_kernels.perturb import metric_perturb
-from apd_kernels.perturbation import metric_perturbation_loss
-from apd_kernels.prepared import PreparedRows, prepare_rows
-from apd_kernels.ranking import RankAccumulator, RankMetrics, rank_metrics, rank_metrics_from_distances
-from apd_kernels.rerank import (
+from apd_kernels.evaluation.neighbors import Neighbors, knn
+from apd_kernels.evaluation.ranking import RankAccumulator, RankMetrics, rank_metrics, rank_metrics_from_distances
+from apd_kernels.evaluation.rerank import (
     ExpandedFeatures,
     RerankedDistances,
     jaccard_distance,
@@ -23,6 +17,13 @@ from apd_kernels.rerank import (
     k_reciprocal_rerank_from_distances,
     query_expansion,
 )
+from apd_kernels.gallery.gallery import Gallery, GalleryError, SearchResult
+from apd_kernels.losses import triplet_loss
+from apd_kernels.memory import ClusterMemory, CrossBatchMemory
+from apd_kernels.mining import HardPairs, Pair, batch_hard
+from apd_kernels.paired import paired_distance
+from apd_kernels.perturbation_loss import metric_perturbation_loss
+from apd_kernels.prepared import prepare_rows
 from apd_kernels.ssd import DisentangledMaps, identity_derangement, ssd_mask
 from apd_kernels.tuning import autotune, warmup
 from apd_kernels.weighting import WeightedPairs, weighted_pairs

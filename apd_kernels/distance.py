@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from apd_kernels._core.operands import Operands, PreparedRows, checked_operands
 from apd_kernels._core.operators import differentiable, first_derivatives_only, internal_dtype, operator
-from apd_kernels.prepared import Operands, PreparedRows, checked_operands
 
 
 def pairwise_distance(

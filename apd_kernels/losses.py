@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apd_kernels._core.checks import check_choice, check_number
+from apd_kernels._core.operands import Operands, PreparedRows, checked_operands
 from apd_kernels._core.operators import differentiable, internal_dtype, operator
 from apd_kernels._core.pairing import Pairing, checked_pairing
 from apd_kernels.mining import Pair, gradients, pair_gradient
-from apd_kernels.prepared import Operands, PreparedRows, checked_operands
 from apd_kernels.weighting import weighted_pairs
 
 MINING = ("hard", "weighted")

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from apd_kernels._core.operands import PreparedRows
+from apd_kernels.adversarial import metric_perturb
 from apd_kernels.contrastive import circle_loss, supervised_contrastive_loss
 from apd_kernels.losses import triplet_loss
 from apd_kernels.memory import ClusterMemory, CrossBatchMemory
-from apd_kernels.perturb import metric_perturb
-from apd_kernels.perturbation import metric_perturbation_loss
-from apd_kernels.prepared import PreparedRows
+from apd_kernels.perturbation_loss import metric_perturbation_loss
 from apd_kernels.ssd import DisentangledMaps, identity_derangement, ssd_mask
 
 __all__ = [

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from apd_kernels._core.backend import resolve_backend
 from apd_kernels._core.checks import check_choice, check_comparable, check_features
+from apd_kernels._core.operands import METRICS
 from apd_kernels._core.operators import differentiable, first_derivatives_only, internal_dtype, operator
-from apd_kernels.prepared import METRICS
 
 
 def paired_distance(x: Tensor, y: Tensor, *, metric: str = "euclidean") -> Tensor:

@@ -10,11 +10,12 @@ import torch
 
 from apd_kernels._core.backend import HAS_TRITON, INTERPRETED, named_backend
 from apd_kernels._core.checks import FEATURE_DTYPES, check_choice
+from apd_kernels._core.operands import METRICS
 from apd_kernels._core.precision import resolve_precision
 from apd_kernels.distance import pairwise_distance
+from apd_kernels.evaluation.ranking import rank_metrics
 from apd_kernels.mining import batch_hard
-from apd_kernels.prepared import METRICS, prepare_rows
-from apd_kernels.ranking import rank_metrics
+from apd_kernels.prepared import prepare_rows
 
 OPERATIONS = (
     "pairwise_distance",

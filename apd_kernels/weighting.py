@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from apd_kernels._core.operands import Operands, PreparedRows, checked_operands
 from apd_kernels._core.operators import differentiable, first_derivatives_only, internal_dtype, operator
 from apd_kernels._core.pairing import Pairing, checked_pairing
 from apd_kernels.mining import Pair, gradients
-from apd_kernels.prepared import Operands, PreparedRows, checked_operands
 
 
 class WeightedPairs(NamedTuple):

@@ -40,13 +40,13 @@ def _backward(x: Tensor, function: Callable[[Tensor], Any]) -> Tensor:
 @contextmanager
 def large_routes() -> Iterator[None]:
     """Small problems take the routes of large ones: split products, tiles above the diagonal, sorted winners."""
-    from apd_kernels.kernels import mining, perturb, prepared
+    from apd_kernels.kernels import adversarial, mining, prepared
 
     changes = [
         (prepared, "LARGE_PRODUCTS", 0),
         (mining, "TRIANGLE_ROWS", (1, 16384)),
         (mining, "SCANNED_ANCHORS", 4),
-        (perturb, "SCANNED_ANCHORS", 4),
+        (adversarial, "SCANNED_ANCHORS", 4),
         (mining, "SLAB", 16),
     ]
     before = [(module, name, getattr(module, name)) for module, name, _ in changes]

@@ -13,7 +13,7 @@ import matplotlib
 import torch
 from torch import Tensor
 
-from apd.features import load_features
+from apd.retrieval.features import load_features
 from apd_kernels import metric_perturb
 
 EPSILONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2)

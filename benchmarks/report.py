@@ -82,7 +82,7 @@ def main() -> None:
     arguments = parser.parse_args()
     begin, end = BEGIN, END
     if arguments.results.suffix == ".jsonl":
-        from benchmarks import gpu_report
+        from benchmarks.gpu import report as gpu_report
 
         begin, end = gpu_report.BEGIN, gpu_report.END
         try:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from apd.config import Config
+from apd.config.values import Config
 
 SIZE = (32, 16)  # height and width of the images and of the run
 
@@ -32,7 +32,7 @@ def draw_data_set(path: Path, *, seed: int = 0) -> Path:
 
 def write_run(path: Path, *, seed: int = 0, size: tuple[int, int] = SIZE) -> Path:
     """The folder of a run whose network was never trained."""
-    from apd.config_files import save_config
+    from apd.config.files import save_config
     from apd.models.spnet import build_spnet
     from apd.run import CONFIG, WEIGHTS, save_tensors
 

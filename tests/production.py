@@ -6,23 +6,23 @@ from collections.abc import Callable
 
 import torch
 
+from apd_kernels._core.operands import Operands
 from apd_kernels._core.pairing import Pairing
 from apd_kernels.kernels import (
+    adversarial,
     contrastive,
     distance,
     losses,
     memory,
     mining,
     neighbors,
-    perturb,
-    perturbation,
     prepared,
     ranking,
     ssd,
     weighting,
 )
 from apd_kernels.kernels import paired as paired_distance
-from apd_kernels.prepared import Operands
+from apd_kernels.kernels import perturbation_loss as perturbation_kernels
 
 CASES: list[Callable[[], None]] = []
 
@@ -284,9 +284,9 @@ def weighted_pairs_tensor_cores() -> None:
 def _perturbation(n: int, negatives: torch.Tensor, indices: torch.Tensor | None) -> None:
     """The gradient of `perturbed` from the forward pass, and those of all inputs from the backward pass."""
     x, one = _rows(n, negatives.shape[-1], dtype=negatives.dtype), _rows(1)
-    *_, to_negatives, to_original, total = perturbation.metric_perturbation_loss(x, negatives, x, indices, True)
-    perturbation.metric_perturbation_loss_scaled(one, one, total)
-    perturbation.metric_perturbation_loss_backward(
+    *_, to_negatives, to_original, total = perturbation_kernels.metric_perturbation_loss(x, negatives, x, indices, True)
+    perturbation_kernels.metric_perturbation_loss_scaled(one, one, total)
+    perturbation_kernels.metric_perturbation_loss_backward(
         one, one, x, negatives, x, indices, to_negatives, to_original, indices is None
     )
 
@@ -312,30 +312,30 @@ def perturbation_loss_of_long_rows() -> None:
 def metric_perturb_solver() -> None:
     for n in (16, 64):
         x = _rows(n, 2048)
-        perturb.metric_perturb(x, _indices(n), None, None, None, 0.1, 0.025, 10, True, "l2", "fp32")
+        adversarial.metric_perturb(x, _indices(n), None, None, None, 0.1, 0.025, 10, True, "l2", "fp32")
 
 
 @case
 def metric_perturb_solver_of_several_programs() -> None:
     for n in (100, 256, 512):
-        perturb.metric_perturb(_rows(n, 2048), _indices(n), None, None, None, 0.1, 0.025, 2, True, "l2", "fp32")
+        adversarial.metric_perturb(_rows(n, 2048), _indices(n), None, None, None, 0.1, 0.025, 2, True, "l2", "fp32")
 
 
 @case
 def metric_perturb_steps() -> None:
     x, memory = _rows(4096, 2048), _rows(65536, 2048)
-    perturb.metric_perturb(x, _indices(4096), None, None, None, 0.1, 0.1, 2, True, "l2", "fp32")
-    perturb.metric_perturb(x, _indices(4096), None, memory, _indices(65536), 0.1, 0.1, 1, False, "l2", "fp32")
-    perturb.metric_perturb(_rows(256, 768), _indices(256), None, None, None, 0.1, 0.1, 1, False, "linf", "fp32")
-    perturb.metric_perturb(_rows(256, 3840), _indices(256), None, None, None, 0.1, 0.1, 1, False, "linf", "fp32")
+    adversarial.metric_perturb(x, _indices(4096), None, None, None, 0.1, 0.1, 2, True, "l2", "fp32")
+    adversarial.metric_perturb(x, _indices(4096), None, memory, _indices(65536), 0.1, 0.1, 1, False, "l2", "fp32")
+    adversarial.metric_perturb(_rows(256, 768), _indices(256), None, None, None, 0.1, 0.1, 1, False, "linf", "fp32")
+    adversarial.metric_perturb(_rows(256, 3840), _indices(256), None, None, None, 0.1, 0.1, 1, False, "linf", "fp32")
 
 
 @case
 def metric_perturb_of_half() -> None:
     x, memory = _rows(200, 768, dtype=torch.bfloat16), _rows(4096, 768, dtype=torch.bfloat16)
     labels = torch.empty(200, dtype=torch.int32, device="meta")
-    perturb.metric_perturb(x, labels, _rows(200, 768), memory, _indices(4096), 0.1, 0.1, 2, True, "linf", "fp32")
-    perturb.metric_perturb(
+    adversarial.metric_perturb(x, labels, _rows(200, 768), memory, _indices(4096), 0.1, 0.1, 2, True, "linf", "fp32")
+    adversarial.metric_perturb(
         _rows(64, 2048, dtype=torch.float16), _indices(64), None, None, None, 0.1, 0.1, 2, False, "l2", "fp32"
     )
 
@@ -343,8 +343,8 @@ def metric_perturb_of_half() -> None:
 @case
 def negative_perturb() -> None:
     valid = torch.empty(64, dtype=torch.bool, device="meta")
-    perturb.negative_perturb(_rows(64, 2048), _rows(64, 4, 2048), valid, None, 0.1, 0.1, 10, False, "l2")
-    perturb.negative_perturb(_rows(64, 3840), _rows(64, 1, 3840), valid, None, 0.1, 0.1, 10, True, "linf")
+    adversarial.negative_perturb(_rows(64, 2048), _rows(64, 4, 2048), valid, None, 0.1, 0.1, 10, False, "l2")
+    adversarial.negative_perturb(_rows(64, 3840), _rows(64, 1, 3840), valid, None, 0.1, 0.1, 10, True, "linf")
 
 
 def _ranking(
@@ -509,20 +509,20 @@ def weighted_pairs_over_sizes() -> None:
 def metric_perturb_over_sizes() -> None:
     for n in range(1, 301):
         x = _rows(n, 2048)
-        perturb.metric_perturb(x, _indices(n), None, None, None, 0.1, 0.1, 1, False, "linf", "fp32")
+        adversarial.metric_perturb(x, _indices(n), None, None, None, 0.1, 0.1, 1, False, "linf", "fp32")
 
 
 @over_sizes
 def metric_perturb_solver_over_sizes() -> None:
     """Its matrices are padded to a power of two: a binary for each."""
     for n in range(33, 65):
-        perturb.metric_perturb(_rows(n, 2048), _indices(n), None, None, None, 0.1, 0.1, 1, False, "l2", "fp32")
+        adversarial.metric_perturb(_rows(n, 2048), _indices(n), None, None, None, 0.1, 0.1, 1, False, "l2", "fp32")
 
 
 @over_sizes
 def metric_perturb_solver_of_several_programs_over_sizes() -> None:
     for n in range(129, 257):
-        perturb.metric_perturb(_rows(n, 2048), _indices(n), None, None, None, 0.1, 0.1, 1, False, "l2", "fp32")
+        adversarial.metric_perturb(_rows(n, 2048), _indices(n), None, None, None, 0.1, 0.1, 1, False, "l2", "fp32")
 
 
 @over_sizes

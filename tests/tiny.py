@@ -38,7 +38,7 @@ def draw_training_set(folder: Path) -> Path:
 
 def trained(path: Path, data: Path | Sequence[Path], *changes: str) -> Run:
     """A run of both stages in this process."""
-    from apd.config_files import load_config
+    from apd.config.files import load_config
     from apd.training.train import start_run, train_run
 
     made = start_run(path, load_config(None, [*TINY, *changes]), [data] if isinstance(data, Path) else data)

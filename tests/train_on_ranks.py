@@ -1,4 +1,4 @@
-"""What each process of `test_training_ranks.py` does; torchrun starts it: data, folder of the runs, configuration."""
+"""What each process of `test_training_distributed.py` does; torchrun starts it: data, folder, configuration."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from apd.config_files import load_config
+from apd.config.files import load_config
 from apd.run import Run
-from apd.training.ranks import join, leave, on_first
+from apd.training.distributed import join, leave, on_first
 from apd.training.train import start_run, train_run
 
 

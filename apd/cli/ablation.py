@@ -53,11 +53,11 @@ def ablate(
     by seed, with their errors.
     """
     on = torch_device(device)
-    from apd.ablation.execute import TABLE, Ablation
-    from apd.ablation.plan import load_plan
-    from apd.ablation.tables import around, insert, markdown, tables
-    from apd.display import console, print_table, print_written
+    from apd.console import console, print_table, print_written
     from apd.errors import InputError
+    from apd.experiments.ablation.execute import TABLE, Ablation
+    from apd.experiments.ablation.plan import load_plan
+    from apd.experiments.ablation.tables import around, insert, markdown, tables
     from apd.files import write_text
 
     plan = load_plan(file)

@@ -33,7 +33,7 @@ def check(
     Compared with what its authors publish, where the data set is named, or has a
     layout of its own. The exit code is 0 where all is well, otherwise 2.
     """
-    from apd import display
+    from apd.cli import display
     from apd.data.datasets import DataSpec
     from apd.data.datasets.check import check_dataset, check_images
 
@@ -58,8 +58,8 @@ def check(
 @reported
 def known() -> None:
     """The data sets known by name: their layouts, variants, and what their authors count."""
+    from apd.console import console
     from apd.data.datasets import DATASETS
-    from apd.display import console
 
     for dataset in DATASETS.values():
         variants = f"; variants {', '.join(dataset.variants)}" if dataset.variants else ""
@@ -79,7 +79,7 @@ def _print_report(report: Report) -> None:
     from rich import box
     from rich.table import Table
 
-    from apd.display import console
+    from apd.console import console
 
     junk = f", {report.folder.junk:,} junk left out" if report.folder.junk else ""
     console.print(f"{report.dataset.title}: {report.folder.path}{junk}", soft_wrap=True, markup=False)

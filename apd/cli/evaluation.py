@@ -28,9 +28,9 @@ from apd.cli.features import (
 from apd.errors import InputError
 
 if TYPE_CHECKING:
-    from apd.evaluation import Conventions, Evaluation
-    from apd.features import FeatureSet
-    from apd.shards import GalleryShards
+    from apd.retrieval.evaluation import Conventions, Evaluation
+    from apd.retrieval.features import FeatureSet
+    from apd.retrieval.shards import GalleryShards
 
 
 class AveragePrecision(str, Enum):
@@ -155,10 +155,10 @@ def evaluate(
     reranking = reranking_of(rerank, chosen, k1, k2, share)
     check_file(json, "--json")
     on = torch_device(device)
-    from apd import display
-    from apd.evaluation import Conventions, evaluate_distances, warn_of_distractors
-    from apd.evaluation import evaluate as evaluation_of
+    from apd.cli import display
     from apd.files import write_json
+    from apd.retrieval.evaluation import Conventions, evaluate_distances, warn_of_distractors
+    from apd.retrieval.evaluation import evaluate as evaluation_of
 
     conventions = Conventions(
         metric=chosen if distances is None else f"as in {distances}",
@@ -235,13 +235,13 @@ def rerank(
     check_file(output, "--output", (".json", ".csv", ".npz"))
     check_file(json, "--json")
     on = torch_device(device)
-    from apd import display
-    from apd.evaluation import Conventions, evaluate_reranked, warn_of_distractors
-    from apd.evaluation import evaluate as evaluation_of
-    from apd.evaluation import rerank as reranked_of
+    from apd.cli import display
     from apd.files import write_json
-    from apd.ranked_lists import write_lists
-    from apd.retrieval import rank_reranked
+    from apd.retrieval.evaluation import Conventions, evaluate_reranked, warn_of_distractors
+    from apd.retrieval.evaluation import evaluate as evaluation_of
+    from apd.retrieval.evaluation import rerank as reranked_of
+    from apd.retrieval.ranked_lists import write_lists
+    from apd.retrieval.search import rank_reranked
 
     queries, images = sources.read(on)
     labelled = all(rows.labelled for rows in (queries, images))
@@ -296,7 +296,7 @@ class Sources:
     def read(self, device: str, among_themselves: bool = False) -> tuple[FeatureSet, FeatureSet]:
         """Queries and gallery; with `among_themselves` all rows of a file without split are both."""
         from apd.data.datasets import read_dataset
-        from apd.features import load_features
+        from apd.retrieval.features import load_features
 
         if self.checkpoint is not None and self.data is not None:
             folder = read_dataset(self.data, ("query", "gallery"))
@@ -328,10 +328,10 @@ def _evaluated_pieces(
     sources: Sources, conventions: Conventions, device: str
 ) -> tuple[FeatureSet, GalleryShards, Evaluation]:
     """With a progress bar; every image counts twice."""
-    from apd import display
-    from apd.evaluation import evaluate_shards
-    from apd.features import load_features
-    from apd.shards import open_shards
+    from apd.cli import display
+    from apd.retrieval.evaluation import evaluate_shards
+    from apd.retrieval.features import load_features
+    from apd.retrieval.shards import open_shards
 
     assert sources.query is not None
     assert sources.gallery is not None

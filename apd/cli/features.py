@@ -14,9 +14,9 @@ from apd.errors import InputError
 
 if TYPE_CHECKING:
     from apd.data.market import ReidFolder
-    from apd.evaluation import Reranking
-    from apd.extraction import Extractor
-    from apd.features import FeatureSet
+    from apd.retrieval.evaluation import Reranking
+    from apd.retrieval.extraction import Extractor
+    from apd.retrieval.features import FeatureSet
 
 FILE_HELP = (
     "An [bold].npz[/bold] feature file holds the arrays [bold]features[/bold] (N, D), [bold]pids[/bold] and "
@@ -122,10 +122,10 @@ def extract(
     if unknown:
         raise InputError(f"--part {unknown[0]}: expected train, query or gallery")
     on = torch_device(device)
-    from apd import display
+    from apd.cli import display
     from apd.data.datasets import read_dataset
-    from apd.extraction import load_extractor
-    from apd.features import save_features
+    from apd.retrieval.extraction import load_extractor
+    from apd.retrieval.features import save_features
 
     folder = read_dataset(data, parts)
     extractor = load_extractor(model, on, size=height_width, weights=weights, mean=mean, std=std, flip_test=flip_test)
@@ -153,7 +153,7 @@ def reranking_of(
         return None
     if variant is Variant.transreid and metric != Metric.euclidean.value:
         raise InputError(f"--rerank transreid: is defined on Euclidean distances; got the metric {metric}")
-    from apd.evaluation import Reranking
+    from apd.retrieval.evaluation import Reranking
 
     return Reranking(variant.value, **given)
 
@@ -173,7 +173,7 @@ def _present_parts(data: Path) -> list[str]:
 
 
 def run_extractor(run: Path, device: str, flip_test: bool) -> Extractor:
-    from apd.extraction import load_extractor
+    from apd.retrieval.extraction import load_extractor
 
     if not run.is_dir():
         raise InputError(f"--checkpoint {run}: expected the folder of a run; there is no such folder")
@@ -182,8 +182,8 @@ def run_extractor(run: Path, device: str, flip_test: bool) -> Extractor:
 
 def extracted(extractor: Extractor, folder: ReidFolder, batch_size: int) -> FeatureSet:
     """With a progress bar."""
-    from apd import display
-    from apd.extraction import extract_folder
+    from apd.cli import display
+    from apd.retrieval.extraction import extract_folder
 
     total = sum(len(getattr(folder, part)) for part in PARTS)
     with display.progress("images", total) as advance:

@@ -46,11 +46,11 @@ def run(
     call again goes on where it was interrupted. No target has a say in training.
     """
     on = torch_device(device)
-    from apd.config_files import load_config
+    from apd.config.files import load_config
+    from apd.console import console, print_written
     from apd.data.datasets import DataSpec
-    from apd.display import console, print_written
-    from apd.protocol_runs import as_markdown, run_protocol
-    from apd.protocols import locate, protocol_named
+    from apd.experiments.protocol_runs import as_markdown, run_protocol
+    from apd.experiments.protocols import locate, protocol_named
 
     protocol = protocol_named(name, source, target or ())
     where = locate(protocol.data_sets, data_root, [DataSpec.parse(one) for one in data or ()])
@@ -63,8 +63,8 @@ def run(
 @reported
 def known() -> None:
     """The protocols: sources, targets, and the figures that are published for them."""
-    from apd.display import console
-    from apd.protocols import PROTOCOLS, SINGLE_SOURCE
+    from apd.console import console
+    from apd.experiments.protocols import PROTOCOLS, SINGLE_SOURCE
 
     for protocol in PROTOCOLS.values():
         console.print(f"[bold]{protocol.name:<15}[/bold]{protocol.text}", soft_wrap=True)

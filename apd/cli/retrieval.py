@@ -84,10 +84,10 @@ def index(
     if reserved := {"id", "camera", "name"} & set(column or ()):
         raise InputError(f"--column {min(reserved)}: every gallery has its own")
     on = torch_device(device)
-    from apd import display
+    from apd.cli import display
     from apd.data.datasets import read_dataset
-    from apd.features import load_features
-    from apd.retrieval import append_features, index_features, note_run
+    from apd.retrieval.features import load_features
+    from apd.retrieval.search import append_features, index_features, note_run
     from apd_kernels import Gallery
 
     Gallery.check_destination(output)
@@ -211,11 +211,12 @@ def search(
     check_file(picture, "--picture", (".png", ".jpg", ".jpeg"))
     check_file(report, "--report", (".html",))
     on = torch_device(device)
-    from apd import display
-    from apd.features import load_features
-    from apd.ranked_lists import write_lists
-    from apd.ranked_picture import write_ranked_picture
-    from apd.retrieval import (
+    from apd.cli import display
+    from apd.reports.picture import write_ranked_picture
+    from apd.reports.search import write_search_report
+    from apd.retrieval.features import load_features
+    from apd.retrieval.ranked_lists import write_lists
+    from apd.retrieval.search import (
         check_fits,
         data_of,
         describe_queries,
@@ -224,7 +225,6 @@ def search(
         search_features,
         search_reranked,
     )
-    from apd.search_report import write_search_report
 
     images = _loaded(gallery, engine, device)
     reranking = reranking_of(rerank, images.metric, k1, k2, share)

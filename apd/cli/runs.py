@@ -24,7 +24,8 @@ def export(
     Runtime has given the same descriptors as PyTorch.
     """
     check_file(output, "--output", (".onnx",))
-    from apd.display import print_exported, print_written
+    from apd.cli.display import print_exported
+    from apd.console import print_written
     from apd.export import export_onnx
     from apd.run import Run
 
@@ -47,9 +48,9 @@ def report(
     """
     path = output or run / "report.html"
     on = torch_device(device)
-    from apd.display import print_written
+    from apd.console import print_written
+    from apd.reports.run import write_run_report
     from apd.run import Run
-    from apd.run_report import write_run_report
 
     found = Run(run)
     check_file(path, "--output", (".html",))
@@ -77,10 +78,11 @@ def hardtest(
     """
     check_file(json, "--json")
     on = torch_device(device)
+    from apd.cli.display import print_hard_test
+    from apd.console import print_written
     from apd.data.datasets import read_dataset
-    from apd.display import print_hard_test, print_written
+    from apd.experiments.hard_eval import run_hard_test
     from apd.files import write_json
-    from apd.hard_testing import run_hard_test
     from apd.run import Run
 
     folder = read_dataset(data, ("query", "gallery"))

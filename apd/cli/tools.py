@@ -24,7 +24,7 @@ def demo(
     Nothing is downloaded.
     """
     on = torch_device(device)
-    from apd.demo import run_demo
+    from apd.demo.demonstration import run_demo
 
     run_demo(output, seed=seed, device=on)
 

@@ -50,11 +50,11 @@ def train(
     if resume is None and not data:
         raise InputError("--data: give the folder of at least one source domain")
     on = torch_device(device)
-    from apd.config import advice
-    from apd.config_files import load_config
-    from apd.display import console, print_written
+    from apd.config.files import load_config
+    from apd.config.values import advice
+    from apd.console import console, print_written
     from apd.run import Run
-    from apd.training.ranks import join, leave, on_first
+    from apd.training.distributed import join, leave, on_first
     from apd.training.train import start_run, train_run
 
     join(on)
@@ -94,10 +94,10 @@ def synthesize(
     if unknown:
         raise InputError(f"--part {unknown[0]}: expected train, query or gallery")
     on = torch_device(device)
+    from apd.console import print_written
     from apd.data.datasets import read_dataset
-    from apd.display import print_written
     from apd.run import Run
-    from apd.synthesis import synthesize as write_images
+    from apd.training.synthesis import synthesize as write_images
 
     run = Run(checkpoint)
     generator = run.load_generator(on)
@@ -115,7 +115,7 @@ def show(
     ] = None,
 ) -> None:
     """Every value, its meaning, and where its default comes from: the paper, TransReID, or ours."""
-    from apd.config_display import print_config
-    from apd.config_files import load_config
+    from apd.cli.config_display import print_config
+    from apd.config.files import load_config
 
     print_config(load_config(name), name)

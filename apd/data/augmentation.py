@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from apd.config import DataConfig
+from apd.config.values import DataConfig
 
 _LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _AREA = (0.02, 0.33)  # of an erased rectangle, as a share of the image (Zhong et al. 2020)

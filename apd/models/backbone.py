@@ -1,4 +1,4 @@
-"""SP-Net's backbone: a timm network with its weights, as `apd.config.ModelConfig` names it."""
+"""SP-Net's backbone: a timm network with its weights, as `apd.config.values.ModelConfig` names it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from apd.config import ModelConfig
+from apd.config.values import ModelConfig
 from apd.errors import InputError
 from apd.models.weights import LITE0, load_weights, load_wheel, pretrained_model
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, l1_loss, leaky_relu
 from torch.nn.utils.parametrizations import spectral_norm
 
-from apd.config import MPGConfig
+from apd.config.values import MPGConfig
 from apd.models.trunk import Trunk, TrunkFeatures
 from apd_kernels import metric_perturbation_loss
 

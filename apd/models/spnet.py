@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 
-from apd.config import ModelConfig
+from apd.config.values import ModelConfig
 from apd.errors import InputError
 from apd.models.backbone import build_backbone
 from apd.models.cnn import CONTENT_REDUCTION, Steps, add_branch_statistics, batch_norms, find_steps, statistics_of
@@ -112,7 +112,7 @@ class SPNet(nn.Module, ABC):
         channels: C of the map F.
         dim: D of f.
         num_classes: identities to tell apart in training.
-        ssd: ``"none"`` (the baseline), ``"msp"``, ``"sds"`` or ``"sps"``, see `apd.config.ModelConfig`.
+        ssd: ``"none"`` (the baseline), ``"msp"``, ``"sds"`` or ``"sps"``, see `apd.config.values.ModelConfig`.
         msp_bias_init: see `MSP`.
         descriptor: ``"before_bn"`` or ``"after_bn"``: which f `forward` returns.
     """

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from apd.config import Config
+from apd.config.values import Config
 from apd.errors import InputError
 
 _NAMED = 4  # images that a message names

@@ -13,7 +13,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from apd.display import console
+from apd.console import console
 from apd.errors import InputError
 from apd.files import write_text
 from apd.run import METRICS

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from apd.config import LatentConfig, LossConfig
+from apd.config.values import LatentConfig, LossConfig
 from apd.models.spnet import RELEVANT, Branches, Heads
 from apd_kernels import Pair, batch_hard, metric_perturb, pairwise_distance, triplet_loss
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apd.config import Config, MPGConfig
+from apd.config.values import Config, MPGConfig
 from apd.data.augmentation import as_floats
 from apd.data.images import ImageStore
 from apd.data.loading import images_in_order, training_batches

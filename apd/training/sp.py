@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from apd.config import Config, TrainConfig
+from apd.config.values import Config, TrainConfig
 from apd.data.augmentation import Augmentation, training_transform
 from apd.data.images import ImageStore
 from apd.data.loading import Batch, device_batches, fits_on, training_batches
@@ -19,9 +19,9 @@ from apd.data.sampler import BatchOrder, DomainSampler, PKSampler
 from apd.models.spnet import build_spnet, parameter_groups
 from apd.run import WEIGHTS, save_tensors
 from apd.training.checkpoint import load_checkpoint, save_checkpoint
+from apd.training.distributed import Unlogged, own_rows
 from apd.training.engine import CheckpointClock, LossGuard, make_accelerator
 from apd.training.log import StageLog
-from apd.training.ranks import Unlogged, own_rows
 from apd.training.sources import Sources
 from apd.training.step import TrainingStep
 from apd.training.validation import Validation

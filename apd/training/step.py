@@ -10,11 +10,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from apd.config import Config
+from apd.config.values import Config
 from apd.models.spnet import Branches, SPNet
+from apd.training.distributed import average_gradients, rank
 from apd.training.engine import seed_step
 from apd.training.losses import latent_loss, spnet_losses
-from apd.training.ranks import average_gradients, rank
 from apd_kernels import gather_features
 
 _NETWORK, _LOSSES = 2, 3  # streams of random numbers; stage 1 has another

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from apd.config import Config
-from apd.display import console, count
+from apd.config.values import Config
+from apd.console import console, count
 
 _GIVEN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _VALUES = 150_000  # of the images of a step: what a thread must have so that it helps

@@ -17,21 +17,21 @@ from typing import Any
 import timm
 import torch
 
-from apd.config import PRETRAINED, Config
-from apd.config_files import save_config
+from apd.config.files import save_config
+from apd.config.values import PRETRAINED, Config
+from apd.console import console, count
 from apd.data.datasets import DataSpec, domains, read_source
 from apd.data.market import ReidFolder, Sample, count_samples
-from apd.display import console, count
 from apd.errors import DataWarning, InputError
 from apd.models.spnet import build_spnet
 from apd.models.trunk import BaselineTrunk, Trunk, build_trunk, resolve_trunk
 from apd.run import CONFIG, GENERATOR, INFO, WEIGHTS, Run, update_info
-from apd.synthesis import synthesize, synthesized_folders
+from apd.training.distributed import join, on_first, own_rows
 from apd.training.engine import check_precision
 from apd.training.mpg import check_mpg, train_mpg
-from apd.training.ranks import join, on_first, own_rows
 from apd.training.sources import Sources, gather_sources
 from apd.training.sp import check_sp, train_sp
+from apd.training.synthesis import synthesize, synthesized_folders
 from apd.training.threads import available_threads, training_threads, useful_threads
 from apd.training.validation import evaluate_samples
 
@@ -83,7 +83,7 @@ def start_run(path: Path, config: Config, data: Sequence[Path | str | DataSpec],
 def train_run(run: Run, device: str) -> dict[str, Any]:
     """Train a run from where it stands to its end.
 
-    Of several processes (`apd.training.ranks`) all call it. Stage 2 is theirs in
+    Of several processes (`apd.training.distributed`) all call it. Stage 2 is theirs in
     common; the first one alone does stage 1 and everything that writes files.
 
     Args:

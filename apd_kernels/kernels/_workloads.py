@@ -7,10 +7,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from apd_kernels._core.operands import Operands
 from apd_kernels._core.pairing import Pairing
-from apd_kernels.kernels import contrastive, distance, losses, memory, mining, paired, perturb, perturbation, prepared
+from apd_kernels.kernels import (
+    adversarial,
+    contrastive,
+    distance,
+    losses,
+    memory,
+    mining,
+    paired,
+    perturbation_loss,
+    prepared,
+)
 from apd_kernels.kernels import weighting as weighted
-from apd_kernels.prepared import Operands
 
 BATCH, MIDDLE_BATCH, LARGE_BATCH, MEMORY = 64, 1500, 4096, 65536
 
@@ -125,25 +135,29 @@ def metric_perturb(of: Features) -> None:
     for n in (16, 32, BATCH, 128, 256, 512, 1024, LARGE_BATCH):
         x, labels = of.given(n), integers(n)
         for relative in (False, True):
-            perturb.metric_perturb(x, labels, None, None, None, 0.1, 0.02, 2, relative, "l2", of.precision)
-            perturb.metric_perturb(x, labels, None, None, None, 0.1, 0.02, 2, relative, "linf", of.precision)
+            adversarial.metric_perturb(x, labels, None, None, None, 0.1, 0.02, 2, relative, "l2", of.precision)
+            adversarial.metric_perturb(x, labels, None, None, None, 0.1, 0.02, 2, relative, "linf", of.precision)
     for norm in ("l2", "linf"):
         for relative in (False, True):
             others = of.given(BATCH, 4)
             valid = torch.empty(BATCH, dtype=torch.bool, device="meta")
-            perturb.negative_perturb(of.given(BATCH), others, valid, None, 0.1, 0.02, 2, relative, norm)
+            adversarial.negative_perturb(of.given(BATCH), others, valid, None, 0.1, 0.02, 2, relative, norm)
     bank, labels = of.given(MEMORY), integers(BATCH)
     for norm in ("l2", "linf"):
-        perturb.metric_perturb(x[:BATCH], labels, None, None, None, 0.1, 0.1, 2, False, norm, of.precision)
-        perturb.metric_perturb(x[:BATCH], labels, None, bank, integers(MEMORY), 0.1, 0.1, 2, False, norm, of.precision)
+        adversarial.metric_perturb(x[:BATCH], labels, None, None, None, 0.1, 0.1, 2, False, norm, of.precision)
+        adversarial.metric_perturb(
+            x[:BATCH], labels, None, bank, integers(MEMORY), 0.1, 0.1, 2, False, norm, of.precision
+        )
 
 
 def metric_perturbation_loss(of: Features) -> None:
     x = of.given(BATCH)
     for negatives, indices in ((of.given(BATCH, 4), None), (of.given(MEMORY), integers(BATCH, 4))):
-        *_, to_negatives, to_original, total = perturbation.metric_perturbation_loss(x, negatives, x, indices, True)
-        perturbation.metric_perturbation_loss_scaled(values(), values(), total)
-        perturbation.metric_perturbation_loss_backward(
+        *_, to_negatives, to_original, total = perturbation_loss.metric_perturbation_loss(
+            x, negatives, x, indices, True
+        )
+        perturbation_loss.metric_perturbation_loss_scaled(values(), values(), total)
+        perturbation_loss.metric_perturbation_loss_backward(
             values(), values(), x, negatives, x, indices, to_negatives, to_original, indices is None
         )
 

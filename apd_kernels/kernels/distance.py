@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from apd_kernels._core.operands import Operands
 from apd_kernels.kernels._launch import dot_precision, launch, row_stride, sets_of_rows
 from apd_kernels.kernels._split import (
     half_squared_distance,
@@ -41,7 +42,6 @@ from apd_kernels.kernels.prepared import (
     rows_kernel,
     tiles_of,
 )
-from apd_kernels.prepared import Operands
 
 METRIC_NUMBER = {"euclidean": 0, "sqeuclidean": 1, "cosine": 2, "dot": 3}
 

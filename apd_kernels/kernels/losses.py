@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from apd_kernels._core.operands import Operands
 from apd_kernels._core.pairing import Pairing
 from apd_kernels.kernels import mining
 from apd_kernels.kernels._launch import launch, row_stride, sets_of_rows
 from apd_kernels.kernels.distance import METRIC_NUMBER
 from apd_kernels.kernels.mining import winner_distances
-from apd_kernels.prepared import Operands
 
 
 @triton.jit

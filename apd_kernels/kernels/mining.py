@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from apd_kernels._core.operands import Operands
 from apd_kernels._core.pairing import Pairing
 from apd_kernels.kernels._launch import dot_precision, launch, row_stride, sets_of_rows
 from apd_kernels.kernels._pairing import anchor_values, pair_masks, pairing_arguments
@@ -29,7 +30,6 @@ from apd_kernels.kernels._tiles import MAX_SPLITS, add_chosen, nan_as, product, 
 from apd_kernels.kernels._tuning import tile
 from apd_kernels.kernels.distance import METRIC_NUMBER
 from apd_kernels.kernels.prepared import PADDED, operands, pays_to_split, product_options, rows_kernel, tiles_of
-from apd_kernels.prepared import Operands
 
 # x against itself by tiles above the diagonal: below, there are too few tiles to fill a GPU twice; above, a row would
 # have more splits than `best_of_splits` reads. An estimate: no GPU has run it.

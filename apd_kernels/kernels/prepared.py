@@ -19,12 +19,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from apd_kernels._core.operands import Operands
 from apd_kernels._core.rows import SHORTEST_CENTRED, WORTH_CENTRING
 from apd_kernels.kernels._launch import launch, row_stride, sets_of_rows
 from apd_kernels.kernels._split import high_and_low, power_of_four
 from apd_kernels.kernels._tiles import rounded_to_tf32
 from apd_kernels.kernels._tuning import has_descriptors, separate_accumulators, tile
-from apd_kernels.prepared import Operands
 
 # Rows that the mean is estimated from. Any common vector may be subtracted; a good one is near the mean.
 SAMPLED_ROWS = 1024

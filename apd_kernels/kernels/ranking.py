@@ -23,11 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from apd_kernels._core.ranks import tiles_of_pairs
+from apd_kernels._core.operands import Operands
+from apd_kernels.evaluation.retrieval_metrics import tiles_of_pairs
 from apd_kernels.kernels import prepared
 from apd_kernels.kernels._launch import launch
 from apd_kernels.kernels._split import split_product, unscaled
-from apd_kernels.prepared import Operands
 
 GROUP = 8  # row blocks that walk the gallery together, so that a gallery tile is read from L2
 # An estimate: a product of 2048 dimensions takes an H100's multiprocessor as long as some fifty thresholds.

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from apd_kernels._core.operands import Operands
 from apd_kernels._core.pairing import Pairing
 from apd_kernels.kernels._launch import dot_precision, launch, row_stride, sets_of_rows
 from apd_kernels.kernels._logsumexp import (
@@ -28,7 +29,6 @@ from apd_kernels.kernels._pairing import anchor_values, pair_masks, pairing_argu
 from apd_kernels.kernels._tiles import product
 from apd_kernels.kernels.distance import METRIC_NUMBER
 from apd_kernels.kernels.losses import per_difference
-from apd_kernels.prepared import Operands
 
 
 @triton.jit

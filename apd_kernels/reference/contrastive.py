@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apd_kernels._core.operands import Operands
 from apd_kernels._core.pairing import Pairing
 from apd_kernels._core.rows import row_blocks
-from apd_kernels.prepared import Operands
 from apd_kernels.reference.logsumexp import add_weighted_rows, chunks, exponentials, products
 from apd_kernels.reference.pairing import pair_masks
 from apd_kernels.reference.prepared import operands

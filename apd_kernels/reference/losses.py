@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apd_kernels._core.operands import Operands
 from apd_kernels._core.pairing import Pairing
 from apd_kernels._core.rows import per_difference
-from apd_kernels.prepared import Operands
 from apd_kernels.reference.mining import mine, stacked_distances
 
 # softplus(t) − t is e^−t, which float64 does not see beyond; PyTorch's own threshold of 20 leaves 2e-9.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from apd_kernels._core.operands import Operands
 from apd_kernels._core.operators import internal_dtype
 from apd_kernels._core.pairing import Pairing
 from apd_kernels._core.rows import row_blocks
-from apd_kernels.prepared import Operands
 from apd_kernels.reference.pairing import pair_masks
 from apd_kernels.reference.prepared import column_keys, operands
 

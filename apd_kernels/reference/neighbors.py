@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apd_kernels._core.evaluation_rows import padded
 from apd_kernels._core.operators import internal_dtype
 from apd_kernels._core.threads import in_threads
+from apd_kernels.evaluation.rows import padded
 from apd_kernels.reference.ranking import CHUNK_COLUMNS, TILE_COLUMNS, TILE_ROWS, _similarities, _slices
 
 # Elements of a block of pairs, which stays in the cache (1 MB).

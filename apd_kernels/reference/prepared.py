@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from apd_kernels._core.operands import Operands
 from apd_kernels._core.operators import internal_dtype
 from apd_kernels._core.rows import SHORTEST_CENTRED, WORTH_CENTRING
-from apd_kernels.prepared import Operands
 
 # Rows that the mean is estimated from. Any common vector may be subtracted; a good one is near the mean.
 SAMPLED_ROWS = 256

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apd_kernels._core.ranks import add_reached, tiles_of_pairs
+from apd_kernels._core.operands import Operands
 from apd_kernels._core.rows import BLOCK_ELEMENTS
 from apd_kernels._core.threads import in_threads
-from apd_kernels.prepared import Operands
+from apd_kernels.evaluation.retrieval_metrics import add_reached, tiles_of_pairs
 
 # Equal columns must give equal bits wherever they lie, and a BLAS library does not promise that: at the edge of its
 # kernels it may add the terms of a product in another order. With MKL (1 to 16 threads, float32 and float64) it holds

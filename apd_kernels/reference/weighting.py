@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from apd_kernels._core.operands import Operands
 from apd_kernels._core.pairing import Pairing
 from apd_kernels._core.rows import per_difference, row_blocks
-from apd_kernels.prepared import Operands
 from apd_kernels.reference.logsumexp import add_weighted_rows, chunks, exponentials
 from apd_kernels.reference.pairing import pair_masks
 from apd_kernels.reference.prepared import column_keys, half_squares, operands

@@ -1,0 +1,1 @@
+"""Configuration: its values and its files."""

@@ -1,0 +1,59 @@
+"""The terminal: what is said there, and how tables, facts and progress look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table as RichTable
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from apd.reports.page import Table
+
+console = Console(highlight=False)
+_WIDEST = 1000  # characters of a table
+
+
+def count(number: int, noun: str, plural: str | None = None) -> str:
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def print_facts(*facts: tuple[str, str]) -> None:
+    """Aligned lines, never folded: a pipe must get each fact in one piece."""
+    for name, value in facts:
+        console.print(Text.assemble((f"{name:<12}", "dim"), value), soft_wrap=True)
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on the terminal's error stream, and the function that moves it on; nothing in a file."""
+    errors = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+def print_table(table: Table) -> None:
+    """A table of a report on the terminal."""
+    shown = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for i, heading in enumerate(table.head):
+        shown.add_column(heading, justify="right" if i and table.numbers else "left")
+    for i, row in enumerate(table.rows):
+        shown.add_row(*row, style="bold" if i == table.strong else None)
+    # Never folded, however narrow the terminal: a pipe must get each row in one line.
+    shown.width = Measurement.get(console, console.options.update(max_width=_WIDEST), shown).maximum
+    console.print(shown, crop=False)
+    console.print()
+
+
+def print_written(*paths: Path) -> None:
+    for path in paths:
+        console.print(Text(f"wrote {path}"), soft_wrap=True)

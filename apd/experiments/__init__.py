@@ -1,0 +1,1 @@
+"""Ablations, domain-generalization protocols and the test with hard samples."""

@@ -1,0 +1,1 @@
+"""Pages that people read: a run, a search, their sections."""

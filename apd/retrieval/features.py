@@ -1,0 +1,240 @@
+"""Feature files: what a model computed from the images of a data set.
+
+An ``.npz`` archive with the arrays
+
+- ``features`` (N, D), floating point;
+- ``pids`` (N,), integers: the identity of each image, −1 for junk;
+- ``camids`` (N,), integers: the camera of each image;
+- ``split`` (N,), integers, optional: 0 train, 1 query, 2 gallery;
+- ``names`` (N,), strings, optional: the image files.
+
+Further arrays are left alone, but for those that ``apd extract`` writes to say how the features were made, and columns
+that are asked for by name.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from apd.errors import InputError
+from apd.files import replacing
+
+SPLITS = {"train": 0, "query": 1, "gallery": 2}
+ARRAYS = ("features", "pids", "camids", "split", "names")
+# Of `apd.retrieval.extraction.Extractor.about`: what every extractor has, and what a run has besides.
+ABOUT, ABOUT_RUN = ("model", "fingerprint", "image_size", "flip_test"), ("descriptor", "label_smoothing")
+
+# What numpy raises for an archive that is not one, is cut off, or holds something else than plain arrays.
+_UNREADABLE = (ValueError, EOFError, OSError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Rows of a feature file."""
+
+    path: Path
+    rows: str  # which rows of the file these are, in words
+    features: np.ndarray
+    names: np.ndarray  # the file's, or "row <number>"
+    pids: np.ndarray | None
+    camids: np.ndarray | None
+    split: np.ndarray | None
+    named: bool = True  # the names are the file's
+    about: Mapping[str, Any] = field(default_factory=dict)  # how the features were made, as far as the file says it
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)  # further values of each row, by name
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    @property
+    def dim(self) -> int:
+        return int(self.features.shape[1])
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there are identities, not all of them unknown (−1), and cameras."""
+        return self.pids is not None and self.camids is not None and bool((self.pids != -1).any())
+
+    def identities(self) -> np.ndarray:
+        return self._required("pids", self.pids)
+
+    def cameras(self) -> np.ndarray:
+        return self._required("camids", self.camids)
+
+    def _required(self, name: str, values: np.ndarray | None) -> np.ndarray:
+        if values is None:
+            raise InputError(f"{self.path}: no array {name!r}")
+        return values
+
+    def part(self, name: str) -> FeatureSet:
+        """The rows of one split ("train", "query", "gallery"); all rows of a file without the array ``split``."""
+        if self.split is None:
+            return self
+        chosen = self.split == SPLITS[name]
+        if not chosen.any():
+            raise InputError(f"{self.path}: split: no {name} rows (value {SPLITS[name]})")
+        return replace(self.select(chosen), rows=f"split {SPLITS[name]}, {name}", split=None)
+
+    def select(self, rows: slice | np.ndarray) -> FeatureSet:
+        """These rows: a slice, or a mask."""
+        return replace(
+            self,
+            features=self.features[rows],
+            names=self.names[rows],
+            pids=None if self.pids is None else self.pids[rows],
+            camids=None if self.camids is None else self.camids[rows],
+            split=None if self.split is None else self.split[rows],
+            columns={column: values[rows] for column, values in self.columns.items()},
+        )
+
+
+def load_features(path: Path, columns: Sequence[str] = ()) -> FeatureSet:
+    """Read and check a feature file.
+
+    Args:
+        path: the ``.npz`` file; read without pickle, so it cannot run code.
+        columns: further arrays to read, each with a string, number or boolean for every row.
+
+    Raises:
+        InputError: the file, or one of its arrays, is missing, damaged, or of another kind than described above.
+    """
+    with _opened(path) as archive:
+        arrays: dict[str, np.ndarray] = {}
+        about = (*ABOUT, *ABOUT_RUN) if set(ABOUT) <= set(archive.files) else ()
+        for name in (*ARRAYS, *about, *columns):
+            if name in archive.files:
+                try:
+                    arrays[name] = archive[name]
+                except _UNREADABLE as error:
+                    raise InputError(f"{path}: {name}: cannot be read: {error}") from error
+    features = arrays.get("features")
+    if features is None:
+        raise InputError(f"{path}: no array 'features'; found {', '.join(sorted(archive.files)) or 'none'}")
+    if features.dtype.kind != "f" or features.ndim != 2 or features.shape[1] < 1:
+        raise InputError(f"{path}: features: expected floating point (N, D), got {features.dtype} {features.shape}")
+    if not len(features):
+        raise InputError(f"{path}: features: no rows")
+    for name in ("pids", "camids", "split"):
+        _check_column(path, name, arrays.get(name), "iu", "integers", len(features))
+    _check_column(path, "names", arrays.get("names"), "U", "strings", len(features))
+    broken = np.flatnonzero(~np.isfinite(features).all(1))
+    if broken.size:
+        first = ", ".join(map(str, broken[:5])) + (", …" if broken.size > 5 else "")
+        raise InputError(f"{path}: features: NaN or infinite values in {broken.size} of {len(features)} rows: {first}")
+    split = arrays.get("split")
+    if split is not None and not np.isin(split, list(SPLITS.values())).all():
+        unknown = sorted(set(split.tolist()) - set(SPLITS.values()))
+        raise InputError(f"{path}: split: expected 0 (train), 1 (query) or 2 (gallery), got {unknown[0]}")
+    for name in columns:
+        if name not in arrays:
+            raise InputError(f"{path}: no array {name!r}")
+        _check_column(path, name, arrays[name], "biufU", "strings, numbers or booleans", len(features))
+    names = arrays.get("names")
+    return FeatureSet(
+        path=path,
+        rows="all rows",
+        features=features,
+        names=np.array([f"row {i}" for i in range(len(features))]) if names is None else names,
+        pids=arrays.get("pids"),
+        camids=arrays.get("camids"),
+        split=split,
+        named=names is not None,
+        about=_about({name: arrays[name] for name in about if name in arrays}),
+        columns={name: arrays[name] for name in columns},
+    )
+
+
+def _about(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """What `save_features` wrote of the model; nothing where another program's arrays have the same names."""
+    ours = all(values.shape == ((2,) if name == "image_size" else ()) for name, values in arrays.items())
+    return {name: values.tolist() for name, values in arrays.items()} if ours else {}
+
+
+def map_array(path: Path) -> np.ndarray:
+    """The array of an ``.npy`` file, mapped: what is not asked for is not read, and nothing is ever written.
+
+    Raises:
+        InputError: there is no such file, or none with an array of numbers.
+    """
+    try:
+        # Copy on write: PyTorch warns of arrays that are read-only.
+        array: np.ndarray = np.lib.format.open_memmap(path, mode="c")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: expected a file, found a folder") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not an .npy file of numbers, or cut off or damaged") from error
+    return array
+
+
+def save_features(rows: FeatureSet, path: Path) -> None:
+    """Write or replace a feature file in one step; what is in ``about`` becomes an array of its name each.
+
+    Args:
+        rows: all rows of the file.
+        path: the ``.npz`` file.
+    """
+    columns = {"pids": rows.pids, "camids": rows.camids, "split": rows.split, "names": rows.names}
+    arrays: dict[str, Any] = {name: values for name, values in columns.items() if values is not None}
+    arrays |= {name: np.array(value) for name, value in rows.about.items()}
+    with replacing(path) as file:
+        np.savez(file, features=rows.features, **arrays)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
+    try:
+        archive = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: expected a file, found a folder") from None
+    except PermissionError:
+        raise InputError(f"{path}: no permission to read it") from None
+    except _UNREADABLE as error:
+        raise InputError(f"{path}: not an .npz file, or cut off or damaged") from error
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise InputError(f"{path}: expected an .npz file with named arrays, got a single array")
+    with archive:
+        yield archive
+
+
+def _check_column(path: Path, name: str, values: np.ndarray | None, kinds: str, what: str, count: int) -> None:
+    if values is None:
+        return
+    if values.dtype.kind not in kinds:
+        raise InputError(f"{path}: {name}: expected {what}, got {values.dtype}")
+    if values.shape != (count,):
+        raise InputError(f"{path}: {name}: expected shape ({count},) as features has rows, got {values.shape}")
+
+
+def difference(about: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """The first of what `about` says in which two models differ; None where they are one, or one is not known."""
+    if "fingerprint" not in about or "fingerprint" not in other:
+        return None
+    for name in ("fingerprint", "image_size", "flip_test", "descriptor"):
+        if about.get(name) != other.get(name):
+            return name
+    return None
+
+
+def check_same_model(query: FeatureSet, gallery: FeatureSet) -> None:
+    """InputError for features of two dimensions, or of two models where both files name theirs."""
+    if query.dim != gallery.dim:
+        raise InputError(
+            f"{gallery.path}: features: expected {query.dim} dimensions as in {query.path}, got {gallery.dim}"
+        )
+    if (name := difference(query.about, gallery.about)) is not None:
+        raise InputError(
+            f"{gallery.path}: {name}: expected {query.about.get(name)} as in {query.path}, got "
+            f"{gallery.about.get(name)}; features that were made in two ways have no distance"
+        )

@@ -1,0 +1,1 @@
+"""Evaluation: k-NN, CMC and mAP, re-ranking."""

@@ -1,0 +1,1 @@
+"""The gallery: FAISS indexes with keys, labels and a folder on disk."""

@@ -1,0 +1,1 @@
+"""What a CUDA device says in ten minutes."""
