@@ -33,7 +33,7 @@ def check(
     Compared with what its authors publish, where the data set is named, or has a
     layout of its own. The exit code is 0 where all is well, otherwise 2.
     """
-    from apd.cli import display
+    from apd import console as terminal
     from apd.data.datasets import DataSpec
     from apd.data.datasets.check import check_dataset, check_images
 
@@ -44,15 +44,15 @@ def check(
     findings = report.findings
     if images:
         total = sum(part.counts.images for part in report.parts.values())
-        with display.progress("images", total) as advance:
+        with terminal.progress("images", total) as advance:
             findings = findings + check_images(report.folder, advance)
     _print_report(report)
     for finding in findings:
-        display.console.print(finding, style="yellow", soft_wrap=True, markup=False)
+        terminal.console.print(finding, style="yellow", soft_wrap=True, markup=False)
     if findings:
         raise typer.Exit(2)
     looked = "every image was read" if images else "no image was opened: --images does"
-    display.console.print(f"nothing wrong; {looked}", soft_wrap=True)
+    terminal.console.print(f"nothing wrong; {looked}", soft_wrap=True)
 
 
 @reported

@@ -155,6 +155,7 @@ def evaluate(
     reranking = reranking_of(rerank, chosen, k1, k2, share)
     check_file(json, "--json")
     on = torch_device(device)
+    from apd import console as terminal
     from apd.cli import display
     from apd.files import write_json
     from apd.retrieval.evaluation import Conventions, evaluate_distances, warn_of_distractors
@@ -181,10 +182,10 @@ def evaluate(
     warn_of_distractors(queries)
     display.print_evaluation(result, queries, images)
     if note := sources.note():
-        display.console.print(f"note: {note}", soft_wrap=True)
+        terminal.console.print(f"note: {note}", soft_wrap=True)
     if json is not None:
         write_json(json, result.as_json() | sources.about(queries))
-        display.print_written(json)
+        terminal.print_written(json)
 
 
 @reported
@@ -235,6 +236,7 @@ def rerank(
     check_file(output, "--output", (".json", ".csv", ".npz"))
     check_file(json, "--json")
     on = torch_device(device)
+    from apd import console as terminal
     from apd.cli import display
     from apd.files import write_json
     from apd.retrieval.evaluation import Conventions, evaluate_reranked, warn_of_distractors
@@ -264,8 +266,8 @@ def rerank(
         display.print_figures(results)
         if json is not None:
             write_json(json, {name: result.as_json() | sources.about(queries) for name, result in results.items()})
-            display.print_written(json)
-    display.print_written(output)
+            terminal.print_written(json)
+    terminal.print_written(output)
 
 
 @dataclass(frozen=True)
@@ -328,7 +330,7 @@ def _evaluated_pieces(
     sources: Sources, conventions: Conventions, device: str
 ) -> tuple[FeatureSet, GalleryShards, Evaluation]:
     """With a progress bar; every image counts twice."""
-    from apd.cli import display
+    from apd import console as terminal
     from apd.retrieval.evaluation import evaluate_shards
     from apd.retrieval.features import load_features
     from apd.retrieval.shards import open_shards
@@ -337,5 +339,5 @@ def _evaluated_pieces(
     assert sources.gallery is not None
     queries = load_features(sources.query).part("query")
     gallery = open_shards(sources.gallery, queries)
-    with display.progress("gallery images, twice", 2 * len(gallery)) as advance:
+    with terminal.progress("gallery images, twice", 2 * len(gallery)) as advance:
         return queries, gallery, evaluate_shards(queries, gallery, conventions, device=device, advance=advance)

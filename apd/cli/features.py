@@ -122,6 +122,7 @@ def extract(
     if unknown:
         raise InputError(f"--part {unknown[0]}: expected train, query or gallery")
     on = torch_device(device)
+    from apd import console as terminal
     from apd.cli import display
     from apd.data.datasets import read_dataset
     from apd.retrieval.extraction import load_extractor
@@ -133,7 +134,7 @@ def extract(
     display.print_extractor(extractor.about())
     display.print_extracted(rows, absent=[] if part else [name for name in PARTS if name not in parts])
     save_features(rows, output)
-    display.print_written(output)
+    terminal.print_written(output)
 
 
 def reranking_of(
@@ -182,9 +183,9 @@ def run_extractor(run: Path, device: str, flip_test: bool) -> Extractor:
 
 def extracted(extractor: Extractor, folder: ReidFolder, batch_size: int) -> FeatureSet:
     """With a progress bar."""
-    from apd.cli import display
+    from apd import console as terminal
     from apd.retrieval.extraction import extract_folder
 
     total = sum(len(getattr(folder, part)) for part in PARTS)
-    with display.progress("images", total) as advance:
+    with terminal.progress("images", total) as advance:
         return extract_folder(extractor, folder, batch_size=batch_size, advance=advance)

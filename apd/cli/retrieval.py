@@ -84,6 +84,7 @@ def index(
     if reserved := {"id", "camera", "name"} & set(column or ()):
         raise InputError(f"--column {min(reserved)}: every gallery has its own")
     on = torch_device(device)
+    from apd import console as terminal
     from apd.cli import display
     from apd.data.datasets import read_dataset
     from apd.retrieval.features import load_features
@@ -114,7 +115,7 @@ def index(
     if rows.about:
         display.print_extractor(rows.about)
     display.print_indexed(gallery, rows)
-    display.print_written(output)
+    terminal.print_written(output)
 
 
 @reported
@@ -211,6 +212,7 @@ def search(
     check_file(picture, "--picture", (".png", ".jpg", ".jpeg"))
     check_file(report, "--report", (".html",))
     on = torch_device(device)
+    from apd import console as terminal
     from apd.cli import display
     from apd.reports.picture import write_ranked_picture
     from apd.reports.search import write_search_report
@@ -258,22 +260,22 @@ def search(
     display.print_lists(lists, images, show)
     if output is not None:
         write_lists(lists, output)
-        display.print_written(output)
+        terminal.print_written(output)
     if folder is None:
         return
     shown = lists if query else lists.first(show).located(query_data or folder)
     if picture is not None:
         write_ranked_picture(shown, folder, picture)
-        display.print_written(picture)
+        terminal.print_written(picture)
     if report is not None:
         facts = {
-            "gallery": f"{gallery.resolve().name}, {display.count(len(images), 'image')}, index {images.index}",
+            "gallery": f"{gallery.resolve().name}, {terminal.count(len(images), 'image')}, index {images.index}",
             "searched": ", ".join(where or ()) or "all images",
             "same camera": "left out where the identity is the same" if exclude_same_camera else "listed",
             "largest distance": "any" if max_distance is None else f"{max_distance:g}",
         }
         write_search_report(shown, len(queries), folder, report, facts)
-        display.print_written(report)
+        terminal.print_written(report)
 
 
 def _refuse(where: bool, options: Mapping[str, object], reason: str) -> None:
