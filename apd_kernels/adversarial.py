@@ -23,6 +23,7 @@ from apd_kernels._core.rows import unit_rows
 from apd_kernels.losses import triplet_loss
 from apd_kernels.mining import batch_hard
 from apd_kernels.perturbation_loss import metric_perturbation_loss
+from apd_kernels.reference import adversarial as reference
 
 MAX_DIMENSION = 4096  # the kernels hold whole rows in registers; wider features take the PyTorch path
 
@@ -317,22 +318,12 @@ def _flipped(x: Tensor, perturbed: Tensor, labels: Tensor) -> Tensor:
     return lost.sum(-1).to(internal_dtype(x)) / before.sum(-1).clamp(min=1)
 
 
-def _fake(x: Tensor, *_: Any) -> Tensor:
+def _fake(x: Tensor, **_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-_metric_perturb = operator(
-    "adversarial",
-    "metric_perturb(Tensor x, Tensor labels, Tensor? begin, Tensor? memory, Tensor? memory_labels, float epsilon, "
-    "float step_size, int steps, bool relative, str norm, str precision, str backend) -> Tensor",
-    fake=_fake,
-)
-_negative_perturb = operator(
-    "adversarial",
-    "negative_perturb(Tensor x, Tensor negatives, Tensor valid, Tensor? begin, float epsilon, float step_size, "
-    "int steps, bool relative, str norm, str backend) -> Tensor",
-    fake=_fake,
-)
+_metric_perturb = operator(reference.metric_perturb, fake=_fake)
+_negative_perturb = operator(reference.negative_perturb, fake=_fake)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

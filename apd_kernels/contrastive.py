@@ -12,6 +12,7 @@ from apd_kernels._core.operands import Operands, PreparedRows, checked_operands
 from apd_kernels._core.operators import differentiable, first_derivatives_only, internal_dtype, operator
 from apd_kernels._core.pairing import Pairing, checked_pairing
 from apd_kernels.mining import gradients
+from apd_kernels.reference import contrastive as reference
 
 
 def circle_loss(
@@ -150,8 +151,7 @@ def _loss(
     return loss
 
 
-def _fake(x: Tensor, y: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, needs_x, needs_y, _ = arguments
+def _fake(x: Tensor, y: Tensor | None, needs_x: bool, needs_y: bool, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = internal_dtype(x)
     loss = x.new_empty(x.shape[:-2], dtype=dtype)
     return (
@@ -162,25 +162,14 @@ def _fake(x: Tensor, y: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor,
     )
 
 
-def _fake_scaled(gradient: Tensor, share: Tensor, for_x: Tensor, for_y: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def _fake_scaled(for_x: Tensor, for_y: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     return for_x.new_empty(for_x.shape), for_y.new_empty(for_y.shape)
 
 
 # Besides the loss: 1 / number of terms, and the gradients of the sum of the terms in float32 (float64), empty where not
 # needed. `form` is "circle" (`scale` γ) or "contrastive" (`scale` 1/τ).
-_contrastive_loss = operator(
-    "contrastive",
-    f"contrastive_loss(Tensor x, Tensor? y, {Operands.schema()}, {Pairing.schema()}, str form, float scale, "
-    "float margin, str precision, bool needs_x, bool needs_y, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake,
-    grouped=(Operands, Pairing),
-)
-_contrastive_loss_scaled = operator(
-    "contrastive",
-    "contrastive_loss_scaled(Tensor gradient, Tensor share, Tensor for_x, Tensor for_y, str backend) "
-    "-> (Tensor, Tensor)",
-    fake=_fake_scaled,
-)
+_contrastive_loss = operator(reference.contrastive_loss, fake=_fake)
+_contrastive_loss_scaled = operator(reference.contrastive_loss_scaled, fake=_fake_scaled)
 first_derivatives_only(_contrastive_loss_scaled)
 
 

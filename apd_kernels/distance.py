@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from apd_kernels._core.operands import Operands, PreparedRows, checked_operands
+from apd_kernels._core.operands import PreparedRows, checked_operands
 from apd_kernels._core.operators import differentiable, first_derivatives_only, internal_dtype, operator
+from apd_kernels.reference import distance as reference
 
 
 def pairwise_distance(
@@ -43,37 +44,17 @@ def pairwise_distance(
     return _pairwise_distance(x, rows, *prepared, metric, precision, backend)
 
 
-def _fake(x: Tensor, y: Tensor | None, *_: Any) -> Tensor:
+def _fake(x: Tensor, y: Tensor | None, **_: Any) -> Tensor:
     columns = x.shape[-2] if y is None else y.shape[-2]
     return x.new_empty((*x.shape[:-1], columns), dtype=internal_dtype(x))
 
 
-def _fake_backward(
-    gradient: Tensor,
-    distance: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    metric: str,
-    precision: str,
-    needs_x: bool,
-    needs_y: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _fake_backward(x: Tensor, y: Tensor | None, needs_x: bool, needs_y: bool, **_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape if needs_x else 0), x.new_empty(0 if y is None or not needs_y else y.shape)
 
 
-_pairwise_distance = operator(
-    "distance",
-    f"pairwise_distance(Tensor x, Tensor? y, {Operands.schema()}, str metric, str precision, str backend) -> Tensor",
-    fake=_fake,
-    grouped=(Operands,),
-)
-_pairwise_distance_backward = operator(
-    "distance",
-    "pairwise_distance_backward(Tensor gradient, Tensor distance, Tensor x, Tensor? y, str metric, str precision, "
-    "bool needs_x, bool needs_y, str backend) -> (Tensor, Tensor)",
-    fake=_fake_backward,
-)
+_pairwise_distance = operator(reference.pairwise_distance, fake=_fake)
+_pairwise_distance_backward = operator(reference.pairwise_distance_backward, fake=_fake_backward)
 first_derivatives_only(_pairwise_distance_backward)
 
 

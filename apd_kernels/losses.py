@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apd_kernels._core.checks import check_choice, check_number
-from apd_kernels._core.operands import Operands, PreparedRows, checked_operands
+from apd_kernels._core.operands import PreparedRows, checked_operands
 from apd_kernels._core.operators import differentiable, internal_dtype, operator
-from apd_kernels._core.pairing import Pairing, checked_pairing
+from apd_kernels._core.pairing import checked_pairing
 from apd_kernels.mining import Pair, gradients, pair_gradient
+from apd_kernels.reference import losses as reference
 from apd_kernels.weighting import weighted_pairs
 
 MINING = ("hard", "weighted")
@@ -168,32 +169,21 @@ def _checked_indices(indices: tuple[Tensor, Tensor], x: Tensor) -> Pair:
     return Pair(*indices)
 
 
-def _fake_indexed(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_indexed(x: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype = internal_dtype(x)
     weights = x.new_empty(x.shape[:-1], dtype=dtype)
     return x.new_empty(x.shape[:-2], dtype=dtype), weights, torch.empty_like(weights)
 
 
-def _fake_mined(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake_mined(x: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     index = x.new_empty(x.shape[:-1], dtype=torch.int64)
     return *_fake_indexed(x), index, torch.empty_like(index)
 
 
 # Besides the loss both return, for every anchor, the loss's derivative by d_p and by d_n per row difference
 # (∂L/∂d · 1/d for "euclidean"): all that the backward pass needs beyond the rows and the winners.
-_triplet_loss = operator(
-    "losses",
-    f"triplet_loss(Tensor x, Tensor? y, {Operands.schema()}, {Pairing.schema()}, float? margin, bool reverse, "
-    "str metric, str precision, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake_mined,
-    grouped=(Operands, Pairing),
-)
-_triplet_loss_indexed = operator(
-    "losses",
-    "triplet_loss_indexed(Tensor x, Tensor? y, Tensor positive_index, Tensor negative_index, float? margin, "
-    "bool reverse, str metric, str backend) -> (Tensor, Tensor, Tensor)",
-    fake=_fake_indexed,
-)
+_triplet_loss = operator(reference.triplet_loss, fake=_fake_mined)
+_triplet_loss_indexed = operator(reference.triplet_loss_indexed, fake=_fake_indexed)
 
 
 def _setup_mined(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

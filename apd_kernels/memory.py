@@ -10,6 +10,7 @@ from apd_kernels._core.backend import named_backend, resolve_backend
 from apd_kernels._core.checks import check_features, check_floating, check_integers, check_number
 from apd_kernels._core.operators import operator
 from apd_kernels._core.rows import unit_rows
+from apd_kernels.reference import memory as reference
 
 NO_LABEL = torch.iinfo(torch.int64).min  # the label of every slot of an empty memory: no batch may use it
 MAX_DIMENSION = 8192  # the momentum update's kernel holds whole rows in registers; wider ones take the PyTorch path
@@ -287,20 +288,10 @@ def _dtype_repr(rows: Tensor) -> str:
     return "" if rows.dtype == torch.float32 else f", dtype={rows.dtype}"
 
 
-def _fake(*_: object) -> None:
+def _fake(**_: object) -> None:
     return None
 
 
 # Both write into the buffers that they are given. `skipped` rows in front of x count as enqueued, too.
-_enqueue = operator(
-    "memory",
-    "enqueue(Tensor(a!) features, Tensor(b!) labels, Tensor enqueued, Tensor x, Tensor x_labels, int skipped, "
-    "str backend) -> ()",
-    fake=_fake,
-)
-_momentum_update = operator(
-    "memory",
-    "momentum_update(Tensor(a!) centroids, Tensor(b!) valid, Tensor x, Tensor labels, float momentum, str backend) "
-    "-> ()",
-    fake=_fake,
-)
+_enqueue = operator(reference.enqueue, fake=_fake, mutates=("features", "labels"))
+_momentum_update = operator(reference.momentum_update, fake=_fake, mutates=("centroids", "valid"))

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from apd_kernels._core.operands import Operands, PreparedRows, checked_operands
+from apd_kernels._core.operands import PreparedRows, checked_operands
 from apd_kernels._core.operators import differentiable, first_derivatives_only, internal_dtype, operator
-from apd_kernels._core.pairing import Pairing, checked_pairing
+from apd_kernels._core.pairing import checked_pairing
 from apd_kernels._core.rows import per_difference
+from apd_kernels.reference import mining as reference
 
 
 class Pair(NamedTuple):
@@ -91,42 +92,19 @@ def batch_hard(
     )
 
 
-def _fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(x: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     distance = x.new_empty(x.shape[:-1], dtype=internal_dtype(x))
     index = x.new_empty(x.shape[:-1], dtype=torch.int64)
     return distance, torch.empty_like(distance), index, torch.empty_like(index)
 
 
-def _fake_gradient(
-    x: Tensor,
-    y: Tensor | None,
-    positive_weights: Tensor,
-    negative_weights: Tensor,
-    positive_index: Tensor,
-    negative_index: Tensor,
-    scale: Tensor | None,
-    metric: str,
-    for_x: bool,
-    for_y: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _fake_gradient(x: Tensor, y: Tensor | None, for_x: bool, for_y: bool, **_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape if for_x else 0), x.new_empty(0 if y is None or not for_y else y.shape)
 
 
-_batch_hard = operator(
-    "mining",
-    f"batch_hard(Tensor x, Tensor? y, {Operands.schema()}, {Pairing.schema()}, str metric, str precision, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake,
-    grouped=(Operands, Pairing),
-)
+_batch_hard = operator(reference.batch_hard, fake=_fake)
 # The weights are those of row differences, times `scale` of the set, (S,) or 0-d.
-pair_gradient = operator(
-    "mining",
-    "pair_gradient(Tensor x, Tensor? y, Tensor positive_weights, Tensor negative_weights, Tensor positive_index, "
-    "Tensor negative_index, Tensor? scale, str metric, bool for_x, bool for_y, str backend) -> (Tensor, Tensor)",
-    fake=_fake_gradient,
-)
+pair_gradient = operator(reference.pair_gradient, fake=_fake_gradient)
 first_derivatives_only(pair_gradient)
 
 

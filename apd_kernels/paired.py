@@ -10,6 +10,7 @@ from apd_kernels._core.backend import resolve_backend
 from apd_kernels._core.checks import check_choice, check_comparable, check_features
 from apd_kernels._core.operands import METRICS
 from apd_kernels._core.operators import differentiable, first_derivatives_only, internal_dtype, operator
+from apd_kernels.reference import paired as reference
 
 
 def paired_distance(x: Tensor, y: Tensor, *, metric: str = "euclidean") -> Tensor:
@@ -40,25 +41,16 @@ def paired_distance(x: Tensor, y: Tensor, *, metric: str = "euclidean") -> Tenso
     return distance
 
 
-def _fake(x: Tensor, *_: Any) -> Tensor:
+def _fake(x: Tensor, **_: Any) -> Tensor:
     return x.new_empty(x.shape[:-1], dtype=internal_dtype(x))
 
 
-def _fake_backward(
-    gradient: Tensor, distance: Tensor, x: Tensor, y: Tensor, metric: str, for_x: bool, for_y: bool, backend: str
-) -> tuple[Tensor, Tensor]:
+def _fake_backward(x: Tensor, for_x: bool, for_y: bool, **_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape if for_x else 0), x.new_empty(x.shape if for_y else 0)
 
 
-_paired_distance = operator(
-    "paired", "paired_distance(Tensor x, Tensor y, str metric, str backend) -> Tensor", fake=_fake
-)
-_paired_distance_backward = operator(
-    "paired",
-    "paired_distance_backward(Tensor gradient, Tensor distance, Tensor x, Tensor y, str metric, bool for_x, "
-    "bool for_y, str backend) -> (Tensor, Tensor)",
-    fake=_fake_backward,
-)
+_paired_distance = operator(reference.paired_distance, fake=_fake)
+_paired_distance_backward = operator(reference.paired_distance_backward, fake=_fake_backward)
 first_derivatives_only(_paired_distance_backward)
 
 

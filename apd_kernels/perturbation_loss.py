@@ -10,6 +10,7 @@ from torch import Tensor
 from apd_kernels._core.backend import resolve_backend
 from apd_kernels._core.checks import check_comparable, check_features, check_floating, check_same_kind, check_tensor
 from apd_kernels._core.operators import differentiable, first_derivatives_only, internal_dtype, operator
+from apd_kernels.reference import perturbation_loss as reference
 
 
 def metric_perturbation_loss(
@@ -92,7 +93,7 @@ def _checked_indices(indices: Tensor, bank: Tensor, perturbed: Tensor) -> Tensor
 
 
 def _fake(
-    perturbed: Tensor, negatives: Tensor, original: Tensor, indices: Tensor | None, with_gradient: bool, backend: str
+    perturbed: Tensor, negatives: Tensor, indices: Tensor | None, with_gradient: bool, **_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = internal_dtype(perturbed)
     count, dimension = perturbed.shape
@@ -107,16 +108,7 @@ def _fake(
 
 
 def _fake_backward(
-    gradient: Tensor,
-    share: Tensor,
-    perturbed: Tensor,
-    negatives: Tensor,
-    original: Tensor,
-    indices: Tensor | None,
-    to_negatives: Tensor,
-    to_original: Tensor,
-    for_negatives: bool,
-    backend: str,
+    perturbed: Tensor, negatives: Tensor, original: Tensor, for_negatives: bool, **_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         perturbed.new_empty(perturbed.shape),
@@ -125,32 +117,17 @@ def _fake_backward(
     )
 
 
-def _fake_scaled(gradient: Tensor, share: Tensor, total: Tensor, backend: str) -> Tensor:
+def _fake_scaled(total: Tensor, **_: Any) -> Tensor:
     return total.new_empty(total.shape)
 
 
 # Besides the loss: 1 / number of pairs; d(p_i, n_ij), (N, M); d(p_i, o_i), (N,); and with_gradient the gradient of the
 # sum over pairs with respect to `perturbed`, (N, D) in its dtype. Not of the mean: that could leave float16's range,
 # and where the number of pairs is a power of two, scaling it in the backward pass rounds nothing.
-_metric_perturbation_loss = operator(
-    "perturbation_loss",
-    "metric_perturbation_loss(Tensor perturbed, Tensor negatives, Tensor original, Tensor? indices, "
-    "bool with_gradient, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake,
-)
-_metric_perturbation_loss_backward = operator(
-    "perturbation_loss",
-    "metric_perturbation_loss_backward(Tensor gradient, Tensor share, Tensor perturbed, Tensor negatives, "
-    "Tensor original, Tensor? indices, Tensor to_negatives, Tensor to_original, bool for_negatives, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
-    fake=_fake_backward,
-)
+_metric_perturbation_loss = operator(reference.metric_perturbation_loss, fake=_fake)
+_metric_perturbation_loss_backward = operator(reference.metric_perturbation_loss_backward, fake=_fake_backward)
 first_derivatives_only(_metric_perturbation_loss_backward)
-_metric_perturbation_loss_scaled = operator(
-    "perturbation_loss",
-    "metric_perturbation_loss_scaled(Tensor gradient, Tensor share, Tensor total, str backend) -> Tensor",
-    fake=_fake_scaled,
-)
+_metric_perturbation_loss_scaled = operator(reference.metric_perturbation_loss_scaled, fake=_fake_scaled)
 first_derivatives_only(_metric_perturbation_loss_scaled)
 
 

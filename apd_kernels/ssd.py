@@ -113,35 +113,22 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=memory_format(x))
 
 
-def _fake(features: Tensor, logits: list[Tensor], backend: str) -> tuple[Tensor, Tensor]:
+def _fake(features: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     return _like(features), _like(features)
 
 
-def _fake_perturbed(
-    features: Tensor, logits: list[Tensor], permutation: Tensor, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_perturbed(features: Tensor, permutation: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inverse = permutation.new_empty(permutation.shape)
     return _like(features), _like(features), _like(features), inverse
 
 
-def _fake_stacked(
-    features: Tensor, logits: list[Tensor], permutation: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor]:
+def _fake_stacked(features: Tensor, permutation: Tensor | None, **_: Any) -> tuple[Tensor, Tensor]:
     inverse = features.new_empty(0 if permutation is None else permutation.shape, dtype=torch.int64)
     return stacked_like(features, 2 if permutation is None else 3), inverse
 
 
 def _fake_backward(
-    features: Tensor,
-    logits: list[Tensor],
-    permutation: Tensor | None,
-    inverse: Tensor | None,
-    for_relevant: Tensor | None,
-    for_irrelevant: Tensor | None,
-    for_perturbed: Tensor | None,
-    for_features: bool,
-    for_logits: bool,
-    backend: str,
+    features: Tensor, logits: list[Tensor], for_features: bool, for_logits: bool, **_: Any
 ) -> tuple[Tensor, list[Tensor]]:
     return (
         _like(features) if for_features else features.new_empty(0),
@@ -149,31 +136,12 @@ def _fake_backward(
     )
 
 
-_ssd_mask = operator(
-    "ssd",
-    "ssd_mask(Tensor features, Tensor[] logits, str backend) -> (Tensor, Tensor)",
-    fake=_fake,
-)
+_ssd_mask = operator(reference.ssd_mask, fake=_fake)
 # Also returns the inverse of the permutation, for the backward pass.
-_ssd_mask_perturbed = operator(
-    "ssd",
-    "ssd_mask_perturbed(Tensor features, Tensor[] logits, Tensor permutation, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake_perturbed,
-)
+_ssd_mask_perturbed = operator(reference.ssd_mask_perturbed, fake=_fake_perturbed)
 # K, NK, K* one after the other, and the inverse of the permutation.
-_ssd_mask_stacked = operator(
-    "ssd",
-    "ssd_mask_stacked(Tensor features, Tensor[] logits, Tensor? permutation, str backend) -> (Tensor, Tensor)",
-    fake=_fake_stacked,
-)
-_ssd_mask_backward = operator(
-    "ssd",
-    "ssd_mask_backward(Tensor features, Tensor[] logits, Tensor? permutation, Tensor? inverse, Tensor? for_relevant, "
-    "Tensor? for_irrelevant, Tensor? for_perturbed, bool for_features, bool for_logits, str backend) "
-    "-> (Tensor, Tensor[])",
-    fake=_fake_backward,
-)
+_ssd_mask_stacked = operator(reference.ssd_mask_stacked, fake=_fake_stacked)
+_ssd_mask_backward = operator(reference.ssd_mask_backward, fake=_fake_backward)
 first_derivatives_only(_ssd_mask_backward)
 
 

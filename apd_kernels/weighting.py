@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from apd_kernels._core.operands import Operands, PreparedRows, checked_operands
+from apd_kernels._core.operands import PreparedRows, checked_operands
 from apd_kernels._core.operators import differentiable, first_derivatives_only, internal_dtype, operator
-from apd_kernels._core.pairing import Pairing, checked_pairing
+from apd_kernels._core.pairing import checked_pairing
 from apd_kernels.mining import Pair, gradients
+from apd_kernels.reference import weighting as reference
 
 
 class WeightedPairs(NamedTuple):
@@ -74,43 +75,19 @@ def weighted_pairs(
     return WeightedPairs(Pair(positive, negative), (of_positives != missing) & (of_negatives != missing))
 
 
-def _fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(x: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     distance = x.new_empty(x.shape[:-1], dtype=internal_dtype(x))
     return distance, torch.empty_like(distance), torch.empty_like(distance), torch.empty_like(distance)
 
 
-def _fake_backward(
-    for_positive: Tensor,
-    for_negative: Tensor,
-    positive: Tensor,
-    negative: Tensor,
-    of_positives: Tensor,
-    of_negatives: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    *arguments: Any,
-) -> tuple[Tensor, Tensor]:
-    *_, needs_x, needs_y, _ = arguments
+def _fake_backward(x: Tensor, y: Tensor | None, needs_x: bool, needs_y: bool, **_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape if needs_x else 0), x.new_empty(0 if y is None or not needs_y else y.shape)
 
 
 # Besides the distances: the logs of the sums over exp(d) of the positives and exp(−d) of the negatives; −inf where
 # there is none.
-_weighted_pairs = operator(
-    "weighting",
-    f"weighted_pairs(Tensor x, Tensor? y, {Operands.schema()}, {Pairing.schema()}, str metric, str precision, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake,
-    grouped=(Operands, Pairing),
-)
-_weighted_pairs_backward = operator(
-    "weighting",
-    "weighted_pairs_backward(Tensor for_positive, Tensor for_negative, Tensor positive, Tensor negative, "
-    f"Tensor of_positives, Tensor of_negatives, Tensor x, Tensor? y, {Operands.schema()}, {Pairing.schema()}, "
-    "str metric, str precision, bool needs_x, bool needs_y, str backend) -> (Tensor, Tensor)",
-    fake=_fake_backward,
-    grouped=(Operands, Pairing),
-)
+_weighted_pairs = operator(reference.weighted_pairs, fake=_fake)
+_weighted_pairs_backward = operator(reference.weighted_pairs_backward, fake=_fake_backward)
 first_derivatives_only(_weighted_pairs_backward)
 
 

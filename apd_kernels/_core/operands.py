@@ -24,11 +24,6 @@ class Operands(NamedTuple):
     root: Tensor | None = None  # scale^−½ of each row
     largest: Tensor | None = None  # max root
 
-    @staticmethod
-    def schema() -> str:
-        """The fields as arguments of an operator."""
-        return "Tensor? parts, Tensor? half, Tensor? centre, Tensor? root, Tensor? largest"
-
     def of_rows(self, rows: Tensor) -> Operands:
         """Those of chosen rows of one set, whose parts are (M, …)."""
         parts, half, root = (None if x is None else x[rows] for x in (self.parts, self.half, self.root))

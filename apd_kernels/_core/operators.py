@@ -1,15 +1,16 @@
 """One route from Python to an implementation: an operator in the library ``apd_kernels``.
 
-An operator's last argument is the backend's name; its body is the function of the same name in
-``apd_kernels/kernels/<module>.py`` or ``apd_kernels/reference/<module>.py``. Both take the operator's other arguments
-and return what its fake returns. So `torch.compile`, `opcheck` and CUDA graphs see one opaque call per operation.
+An operator is defined by its function in ``apd_kernels/reference/<module>.py``: name, arguments and results are that
+function's. A last argument names the backend: ``"torch"`` runs that function, ``"triton"`` the one of the same name in
+``apd_kernels/kernels/<module>.py``. So `torch.compile`, `opcheck` and CUDA graphs see one opaque call per operation.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -22,34 +23,68 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 
 
 def operator(
-    module: str, schema: str, *, fake: Callable[..., Any], grouped: tuple[type[Any], ...] = ()
+    function: Callable[..., Any], *, fake: Callable[..., Any], mutates: tuple[str, ...] = ()
 ) -> Callable[..., Any]:
-    """Define ``apd_kernels::<name>`` from `schema` (whose last argument is ``str backend``) and return its overload.
+    """Define ``apd_kernels::<name>`` from a function of ``apd_kernels/reference`` and return the operator's overload.
 
     Args:
-        module: file name, without ``.py``, that holds the implementations under kernels/ and reference/.
-        schema: as in ``torch.library.define``, name included.
-        fake: shapes and dtypes of the results; takes the operator's arguments.
-        grouped: named tuples, in the order of the schema, whose ``schema()`` is part of it: the implementation takes
-            each as one argument. (An operator takes them one by one: a ``Tensor[]`` costs 0.1 ms a call in autograd.)
+        function: its annotations give the schema. A named tuple (`Operands`, `Pairing`) is one argument of the function
+            and one for each field of the operator: a ``Tensor[]`` costs 0.1 ms a call in autograd.
+        fake: shapes and dtypes of the results; takes the operator's arguments by name, without the backend.
+        mutates: arguments that are written to.
     """
-    name, _, parameters = schema.partition("(")
-    places = [(parameters.partition(kind.schema())[0].count(","), kind) for kind in grouped]
+    module, name = function.__module__.rpartition(".")[2], function.__name__
+    names, schema, bundles = _signature(function, mutates)
 
     def body(*arguments: Any) -> Any:
         *inputs, backend = arguments
-        for start, kind in reversed(places):
-            stop = start + len(kind._fields)
-            inputs[start:stop] = [kind(*inputs[start:stop])]
-        function = getattr(implementation(backend, module), name)
+        for start, kind in bundles:
+            inputs[start : start + len(kind._fields)] = [kind(*inputs[start : start + len(kind._fields)])]
+        run = function if backend == "torch" else getattr(implementation(backend, module), name)
         with implementation_context(inputs[0], backend):
-            return function(*inputs)
+            return run(*inputs)
+
+    def shapes(*arguments: Any) -> Any:
+        return fake(**dict(zip(names, arguments[:-1], strict=True)))
 
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, body, "CompositeExplicitAutograd")  # every device: those without kernels take PyTorch
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", shapes, lib=_library)
     overload: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
     return overload
+
+
+def _signature(
+    function: Callable[..., Any], mutates: tuple[str, ...]
+) -> tuple[list[str], str, list[tuple[int, type[Any]]]]:
+    """The operator's arguments, its schema, and where named tuples start, each counted after those before it."""
+    hints = get_type_hints(function)
+    fields: list[tuple[str, Any]] = []
+    bundles = []
+    for place, name in enumerate(inspect.signature(function).parameters):
+        if hasattr(hints[name], "_fields"):
+            bundles.append((place, hints[name]))
+            fields += get_type_hints(hints[name]).items()
+        else:
+            fields.append((name, hints[name]))
+    aliases = dict(zip(mutates, "abcdefgh", strict=False))
+    arguments = [f"{_schema_type(kind, aliases.get(name))} {name}" for name, kind in fields]
+    results = hints["return"]
+    kinds = get_args(results) if getattr(results, "__origin__", None) is tuple else (results,)
+    returned = ", ".join(_schema_type(kind) for kind in kinds if kind is not type(None))
+    returned = returned if kinds == (results,) and returned else f"({returned})"
+    schema = f"{function.__name__}({', '.join([*arguments, 'str backend'])}) -> {returned}"
+    return [name for name, _ in fields], schema, bundles
+
+
+def _schema_type(kind: Any, alias: str | None = None) -> str:
+    """``Tensor | None`` is ``Tensor?``, ``list[Tensor]`` is ``Tensor[]``; what is written to gets its alias."""
+    parts = get_args(kind)
+    if type(None) in parts:
+        return f"{_schema_type(next(part for part in parts if part is not type(None)))}?"
+    if getattr(kind, "__origin__", None) is list:
+        return f"{_schema_type(parts[0])}[]"
+    return f"Tensor({alias}!)" if alias else str(kind.__name__)
 
 
 def implementation_context(x: Tensor, backend: str) -> AbstractContextManager[Any]:

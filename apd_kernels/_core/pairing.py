@@ -24,14 +24,6 @@ class Pairing(NamedTuple):
     positives: str = "all"  # "within": only of the anchor's domain; "across": only of other domains
     negatives: str = "all"
 
-    @staticmethod
-    def schema() -> str:
-        """The fields as arguments of an operator."""
-        return (
-            "Tensor labels, Tensor? y_labels, Tensor? own, Tensor? domains, Tensor? y_domains, Tensor? y_valid, "
-            "str positives, str negatives"
-        )
-
     def of_labels_only(self) -> bool:
         """Whether labels decide alone (and, without y, the place on the diagonal)."""
         return self.own is None and self.domains is None and self.y_valid is None
