@@ -7,7 +7,7 @@
 
 Two launches a step for "triplet" (`_mine`, `_step`: an anchor that chose a row is looked at again by the row's program,
 which costs three rows and saves a launch), one for all steps of "negative". For batches that are small against D
-`perturb_solver.py` takes the steps of "triplet" on N×N matrices. In large ones a row cannot look through all anchors:
+`adversarial_solver.py` takes the steps of "triplet" on N×N matrices. In large ones a row cannot look through all:
 they are mined and differentiated as `batch_hard` does it, with split products and sorted winners, about ten launches
 that the products outlast.
 """

@@ -52,7 +52,7 @@ class Stage:
     module: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "module", self.module or f"benchmarks.gpu_{self.name}")
+        object.__setattr__(self, "module", self.module or f"benchmarks.gpu.{self.name}")
 
 
 MEASURING = ("apd_kernels", "benchmarks")

@@ -59,7 +59,7 @@ def displacement_error(ours: Tensor, x: Tensor, expected: Tensor) -> float:
 
 def test_reference_solver_in_200_cases() -> None:
     """Beyond the rounding of the output at most 1e-5 of the displacement; the direct float32 form is printed beside."""
-    solve, direct = implementation("torch", "perturb").solve, implementation("torch", "perturb")
+    solve, direct = implementation("torch", "adversarial").solve, implementation("torch", "adversarial")
     worst: dict[str, list[float]] = {}
     for seed in range(225):
         n, d = (8, 12, 20, 33)[seed % 4], (64, 150)[seed % 2]
@@ -110,7 +110,7 @@ def test_every_backend_takes_the_solver(
     """The public function, on sizes that go to the N×N form, one set and several."""
     x, labels, _ = case(seed, n, d)
     taken: list[bool] = []
-    module = implementation(backend.name, "perturb")
+    module = implementation(backend.name, "adversarial")
     solve = module.solve
     monkeypatch.setattr(module, "solve", lambda *arguments: taken.append(True) or solve(*arguments))
     epsilon = 0.1 if relative else 0.5
@@ -131,10 +131,10 @@ def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """How many programs of the kernels take the steps of a set: several, on sizes that the interpreter can bear."""
     if request.param == "several programs":
         pytest.importorskip("triton")
-        from apd_kernels.kernels import adversarial_solver as perturb_solver
+        from apd_kernels.kernels import adversarial_solver
 
-        monkeypatch.setattr(perturb_solver, "ONE_PROGRAM_ROWS", 0)
-        monkeypatch.setattr(perturb_solver, "COLUMNS", 16)
+        monkeypatch.setattr(adversarial_solver, "ONE_PROGRAM_ROWS", 0)
+        monkeypatch.setattr(adversarial_solver, "COLUMNS", 16)
     return str(request.param)
 
 
@@ -143,12 +143,12 @@ def test_kernels_in_every_kind(backend: Backend, programs: str, kind: str) -> No
     """As the reference in the 200 cases; sizes on both sides of the tiles, mining that changes between the steps."""
     if backend.name == "torch":
         pytest.skip("served in test_reference_solver_in_200_cases")
-    solve = implementation(backend.name, "perturb").solve
+    solve = implementation(backend.name, "adversarial").solve
     for n, d, steps, relative in ((13, 60, 3, False), (20, 81, 2, True)):
         x, labels, _ = case(KINDS.index(kind), n, d)
         epsilon = 0.1 if relative else 1.0
         arguments = epsilon, 2.5 * epsilon / steps, steps, relative
-        expected = implementation("torch", "perturb").metric_perturb(
+        expected = implementation("torch", "adversarial").metric_perturb(
             x.double(), labels, None, None, None, *arguments, "l2", "fp32"
         )
         ours = solve(x.to(backend.device), labels.to(backend.device), *arguments).cpu()
