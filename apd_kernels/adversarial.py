@@ -107,7 +107,7 @@ def metric_perturb(
 
     Args:
         x: features, shape (N, D) or (S, N, D) for S sets with the same labels; float16, bfloat16, float32, float64.
-        labels: identity of each row, shape (N,), any integer dtype. Anchors without a positive or negative do not
+        labels: identity of each row, shape (N,), any integer dtype; −1 is an identity as any other. Anchors without a positive or negative do not
             count.
         epsilon: radius of the ball, at least 0, in units of `x`; see `epsilon_mode`.
         epsilon_mode: ``"absolute"``, or ``"relative"``: each row's radius and step are multiplied by its own norm.

@@ -74,14 +74,17 @@ def print_conventions(result: Evaluation, query: FeatureSet, gallery: FeatureSet
         print_extractor(query.about)
     how = result.conventions
     counted = f"{result.num_valid_queries:,} counted, {result.left_out:,} left out"
-    where = "" if how.exclude_self else " in another camera"
+    where = "" if how.exclude_self or how.ignore_cameras else " in another camera"
+    removed = "images of the query's identity in its own camera"
+    if how.exclude_self or how.ignore_cameras:
+        removed = "the query itself" if how.exclude_self else "nothing: cameras are ignored"
     if result.left_out:
         counted += f" (no gallery image of their identity{where})"
     print_facts(
         ("query", _contents(query)),
         ("gallery", _shards(gallery) if isinstance(gallery, GalleryShards) else _contents(gallery)),
         ("queries", counted),
-        ("removed", "the query itself" if how.exclude_self else "images of the query's identity in its own camera"),
+        ("removed", removed),
         ("distance", f"{how.metric}, {query.dim} dimensions"),
         ("AP", _AP[how.ap]),
         ("ties", _TIES[how.ties]),

@@ -76,6 +76,7 @@ _APART = {
     ("--rerank", _PIECES): "re-ranking compares the gallery images with each other: give one feature file",
     ("--single-shot", _PIECES): "galleries are drawn from all images: give one feature file",
     ("--exclude-self", _PIECES): "give one feature file",
+    ("--exclude-self", "--ignore-cameras"): "it ignores cameras already",
 }
 
 
@@ -125,6 +126,14 @@ def evaluate(
             "among themselves. A feature file without split is then both, query and gallery.",
         ),
     ] = False,
+    ignore_cameras: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-cameras",
+            help="Keep the images of a query's own camera: for data without cameras, or with one, whose gallery does "
+            "not hold the query itself.",
+        ),
+    ] = False,
     flip_test: FlipTestOption = False,
     batch_size: BatchSizeOption = 64,
     json: Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
@@ -144,6 +153,7 @@ def evaluate(
         "--single-shot": single_shot,
         "--checkpoint": checkpoint,
         "--exclude-self": exclude_self,
+        "--ignore-cameras": ignore_cameras,
         _PIECES: sources.in_pieces,
     }
     for (one, other), reason in _APART.items():
@@ -169,6 +179,7 @@ def evaluate(
         single_shot=single_shot,
         seed=seed or 0,
         exclude_self=exclude_self,
+        ignore_cameras=ignore_cameras,
     )
     images: FeatureSet | GalleryShards
     if sources.in_pieces:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from apd.retrieval.evaluation import features_tensor
+from apd.retrieval.evaluation import features_tensor, naming
 from apd.retrieval.features import FeatureSet
 from apd_kernels import pairwise_distance, rank_metrics
 
 _BINS = 4  # in each channel; 8 and 16 rank worse on images of 64 × 32
-_QUERIES = 1024  # in a block: with 100,000 gallery images it takes about 1.5 GB
 _SPREAD = 2.5  # standard deviations on either side of the mean that the bins of normalized colours cover
 
 
@@ -25,9 +24,14 @@ class Retrieval:
     """A retrieval run, query by query; queries without a right answer are left out."""
 
     identities: np.ndarray  # int64 (Q,)
-    right: np.ndarray  # bool (Q,): the nearest gallery image is the query's identity
+    first_rank: np.ndarray  # float64 (Q,): rank of the nearest image of the query's identity, from 1
     ap: np.ndarray  # float64 (Q,): average precision
     queries: np.ndarray  # int64 (Q,): their rows among all queries
+
+    @property
+    def right(self) -> np.ndarray:
+        """bool (Q,): the nearest gallery image is the query's identity."""
+        return self.first_rank == 1
 
     @property
     def rank1(self) -> float:
@@ -48,28 +52,17 @@ def retrieve(query: FeatureSet, gallery: FeatureSet) -> Retrieval:
 
     Args:
         query, gallery: rows with identities and cameras.
+
+    Raises:
+        InputError: no query has an image of its identity in another camera.
     """
     x, y = features_tensor(query), features_tensor(gallery)
     columns = [torch.from_numpy(values.astype(np.int64)) for values in _columns(query, gallery)]
-    result = rank_metrics(x, y, *columns, metric="cosine")
-    blocks = [_rows(query, start, start + _QUERIES) for start in range(0, len(query), _QUERIES)]
-    right = np.concatenate([_right_at_rank1(block, gallery) for block in blocks])
+    with naming(query, gallery):
+        result = rank_metrics(x, y, *columns, metric="cosine")
     counted = np.flatnonzero(result.valid.numpy())
-    return Retrieval(query.identities()[counted].astype(np.int64), right[counted], result.ap.numpy()[counted], counted)
-
-
-def _rows(rows: FeatureSet, start: int, stop: int) -> FeatureSet:
-    columns = {name: getattr(rows, name)[start:stop] for name in ("features", "names", "pids", "camids")}
-    return replace(rows, **columns, split=None)
-
-
-def _right_at_rank1(query: FeatureSet, gallery: FeatureSet) -> np.ndarray:
-    """bool (Q,); a wrong image at the distance of a right one comes first, as in `rank_metrics`."""
-    same, removed = _pairs(query, gallery)
-    distance = pairwise_distance(features_tensor(query), features_tensor(gallery), metric="cosine").numpy()
-    nearest_right = np.where(same & ~removed, distance, np.inf).min(1)
-    nearest_wrong = np.where(same | removed, np.inf, distance).min(1)
-    return nearest_right < nearest_wrong
+    first, ap = result.first_rank.numpy()[counted], result.ap.numpy()[counted]
+    return Retrieval(query.identities()[counted].astype(np.int64), first, ap, counted)
 
 
 class Chance(NamedTuple):
@@ -107,7 +100,8 @@ def _pairs(query: FeatureSet, gallery: FeatureSet) -> tuple[np.ndarray, np.ndarr
     """bool (Q, G): of the same identity; removed from the ranking."""
     query_ids, gallery_ids, query_cams, gallery_cams = _columns(query, gallery)
     same = query_ids[:, None] == gallery_ids
-    return same, (same & (query_cams[:, None] == gallery_cams)) | (gallery_ids == -1)
+    own_camera = (query_cams[:, None] == gallery_cams) & (query_cams[:, None] != -1)  # -1: not known
+    return same, (same & own_camera) | (gallery_ids == -1)
 
 
 class ColourHistogram(nn.Module):

@@ -50,7 +50,8 @@ class Conventions:
     """What code bases disagree on, and a result is worth nothing without.
 
     `metric`, `ap`, `ties`, `single_shot` and `seed` are those of `apd_kernels.rank_metrics`. With `exclude_self` only
-    the query's own image is left out, instead of all images of its identity in its own camera.
+    the query's own image is left out, instead of all images of its identity in its own camera; with `ignore_cameras`
+    nothing is.
     """
 
     metric: str = "cosine"
@@ -60,6 +61,7 @@ class Conventions:
     single_shot: int | None = None
     seed: int = 0
     exclude_self: bool = False
+    ignore_cameras: bool = False
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -69,6 +71,7 @@ class Conventions:
             "re_ranking": False if self.reranking is None else self.reranking.as_json(),
             "single_shot": False if self.single_shot is None else {"draws": self.single_shot, "seed": self.seed},
             "exclude_self": self.exclude_self,
+            "ignore_cameras": self.ignore_cameras,
         }
 
 
@@ -117,7 +120,7 @@ def evaluate(query: FeatureSet, gallery: FeatureSet, conventions: Conventions, *
     check_same_model(query, gallery)
     labels = _labels(query, gallery, conventions, device)
     exclude = _own_places(query, gallery).to(device) if conventions.exclude_self else None
-    with _naming(query, gallery):
+    with naming(query, gallery):
         result = rank_metrics(
             features_tensor(query, device),
             features_tensor(gallery, device),
@@ -151,10 +154,15 @@ def evaluate_shards(
     Raises:
         InputError: as `evaluate`.
     """
-    with _naming(query):
+
+    def labels(rows: FeatureSet) -> tuple[Tensor, Tensor | None]:
+        ids = _integers(rows.identities(), device)
+        return ids, None if conventions.ignore_cameras else _integers(_cameras(rows), device)
+
+    with naming(query):
         ranks = RankAccumulator(
             features_tensor(query, device),
-            *(_integers(values, device) for values in (query.identities(), query.cameras())),
+            *labels(query),
             metric=conventions.metric,
             ap=conventions.ap,
             ties=conventions.ties,
@@ -162,13 +170,10 @@ def evaluate_shards(
         )
     for step in (ranks.add_positives, ranks.count):
         for piece in gallery.pieces():
-            with _naming(piece, where=f", {piece.rows}"):
-                step(
-                    features_tensor(piece, device),
-                    *(_integers(values, device) for values in (piece.identities(), piece.cameras())),
-                )
+            with naming(piece, where=f", {piece.rows}"):
+                step(features_tensor(piece, device), *labels(piece))
             advance(len(piece))
-    with _naming(query):
+    with naming(query):
         return _figures(ranks.compute(), query, conventions)
 
 
@@ -186,7 +191,7 @@ def evaluate_distances(distances: Path, query: FeatureSet, gallery: FeatureSet, 
     matrix = _matrix(distances, (len(query), len(gallery)))
     labels = _labels(query, gallery, conventions, "cpu")
     exclude = _own_places(query, gallery) if conventions.exclude_self else None
-    with _naming(query, gallery, distances):
+    with naming(query, gallery, distances):
         result = rank_metrics_from_distances(
             torch.from_numpy(matrix),
             *labels,
@@ -212,7 +217,7 @@ def rerank(
         InputError: the two do not fit together, or the variant has another metric.
     """
     check_same_model(query, gallery)
-    with _naming(query, gallery):
+    with naming(query, gallery):
         return k_reciprocal_rerank(
             features_tensor(query, device), features_tensor(gallery, device), metric=metric, **asdict(reranking)
         )
@@ -235,7 +240,7 @@ def evaluate_reranked(
         device: where the distances are.
     """
     labels = _labels(query, gallery, conventions, device)
-    with _naming(query, gallery):
+    with naming(query, gallery):
         result = reranked.rank_metrics(*labels, ap=conventions.ap, ties=conventions.ties, max_rank=max(RANKS))
     return _figures(result, query, conventions)
 
@@ -263,10 +268,16 @@ def _labels(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Identities of queries and gallery, and their cameras, where images of the query's own camera are left out."""
     ids, gallery_ids = (_integers(rows.identities(), device) for rows in (query, gallery))
-    if conventions.exclude_self:
+    if conventions.exclude_self or conventions.ignore_cameras:
         return ids, gallery_ids, None, None
-    cams, gallery_cams = (_integers(rows.cameras(), device) for rows in (query, gallery))
+    cams, gallery_cams = (_integers(_cameras(rows), device) for rows in (query, gallery))
     return ids, gallery_ids, cams, gallery_cams
+
+
+def _cameras(rows: FeatureSet) -> np.ndarray:
+    if rows.camids is None:
+        raise InputError(f"{rows.path}: no array 'camids'; --ignore-cameras evaluates without cameras")
+    return rows.camids
 
 
 def _integers(values: np.ndarray, device: str) -> Tensor:
@@ -305,7 +316,7 @@ def _matrix(path: Path, shape: tuple[int, int]) -> np.ndarray:
 
 
 @contextmanager
-def _naming(*sources: FeatureSet | Path, where: str = "") -> Iterator[None]:
+def naming(*sources: FeatureSet | Path, where: str = "") -> Iterator[None]:
     """What a metric does not accept becomes an error of the files that it comes from, and of the place in them."""
     try:
         yield
@@ -313,7 +324,10 @@ def _naming(*sources: FeatureSet | Path, where: str = "") -> Iterator[None]:
         raise
     except ValueError as error:
         files = dict.fromkeys(str(source if isinstance(source, Path) else source.path) for source in sources)
-        raise InputError(f"{' and '.join(files)}{where}: {error}") from error
+        hint = ""
+        if "from another camera" in str(error):
+            hint = "; --ignore-cameras keeps the images of a query's own camera"
+        raise InputError(f"{' and '.join(files)}{where}: {error}{hint}") from error
 
 
 def _figures(result: RankMetrics, query: FeatureSet, conventions: Conventions) -> Evaluation:

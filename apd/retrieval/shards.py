@@ -71,7 +71,7 @@ def open_shards(paths: Sequence[Path], query: FeatureSet) -> GalleryShards:
         check_same_model(query, shard)
         sizes.append(len(shard))
         identities.update(np.unique(shard.identities()).tolist())
-        cameras.update(np.unique(shard.cameras()).tolist())
+        cameras.update(() if shard.camids is None else np.unique(shard.camids).tolist())
     return GalleryShards(files, sizes, len(identities - {-1}), len(cameras - {-1}))
 
 
@@ -93,9 +93,10 @@ def _mapped(path: Path) -> FeatureSet:
     features = map_array(path)
     if features.dtype.kind != "f" or features.ndim != 2 or 0 in features.shape:
         raise InputError(f"{path}: expected floating point features (N, D), got {features.dtype} {features.shape}")
-    pids, camids = (_labels(path.with_name(path.stem + ending), len(features)) for ending in _LABELS)
+    pids, camids = (path.with_name(path.stem + ending) for ending in _LABELS)
+    cameras = _labels(camids, len(features)) if camids.exists() else None
     names = np.broadcast_to(np.array(""), len(features))  # takes no memory
-    return FeatureSet(path, "all rows", features, names, pids, camids, None, named=False)
+    return FeatureSet(path, "all rows", features, names, _labels(pids, len(features)), cameras, None, named=False)
 
 
 def _labels(path: Path, count: int) -> np.ndarray:

@@ -20,7 +20,7 @@ class Pairing(NamedTuple):
     own: Tensor | None = None  # (N,), integers: the row of y that is the anchor itself; -1 for none
     domains: Tensor | None = None  # (N,), integers: the domain of each anchor
     y_domains: Tensor | None = None  # (M,), integers; None with y_labels None
-    y_valid: Tensor | None = None  # (M,), bool: rows that may be chosen
+    y_valid: Tensor | None = None  # (M,), bool: rows that may be chosen, of x without y
     positives: str = "all"  # "within": only of the anchor's domain; "across": only of other domains
     negatives: str = "all"
 
@@ -48,24 +48,24 @@ def checked_pairing(
     """
     n = x.shape[-2]
     check_integers("labels", labels, n, x.device)
-    for name, value in (("y_labels", y_labels), ("own", own), ("y_domains", y_domains), ("y_valid", y_valid)):
+    for name, value in (("y_labels", y_labels), ("own", own), ("y_domains", y_domains)):
         if y is None and value is not None:
             raise ValueError(f"y: expected with {name}, got None")
     if y is not None:
         if y_labels is None:
             raise ValueError("y_labels: expected with y, got None")
-        m = y.shape[-2]
-        check_integers("y_labels", y_labels, m, x.device)
+        check_integers("y_labels", y_labels, y.shape[-2], x.device)
         if own is not None:
             check_integers("own", own, n, x.device)
-        if y_valid is not None:
-            check_tensor("y_valid", y_valid)
-            if y_valid.dtype != torch.bool:
-                raise TypeError(f"y_valid: expected torch.bool, got {y_valid.dtype}")
-            if y_valid.shape != (m,):
-                raise ValueError(f"y_valid: expected shape ({m},), got {tuple(y_valid.shape)}")
-            if y_valid.device != x.device:
-                raise ValueError(f"y_valid: expected device {x.device}, got {y_valid.device}")
+    if y_valid is not None:
+        m = n if y is None else y.shape[-2]
+        check_tensor("y_valid", y_valid)
+        if y_valid.dtype != torch.bool:
+            raise TypeError(f"y_valid: expected torch.bool, got {y_valid.dtype}")
+        if y_valid.shape != (m,):
+            raise ValueError(f"y_valid: expected shape ({m},), got {tuple(y_valid.shape)}")
+        if y_valid.device != x.device:
+            raise ValueError(f"y_valid: expected device {x.device}, got {y_valid.device}")
     check_choice("positives", positives, DOMAIN_RULES)
     check_choice("negatives", negatives, DOMAIN_RULES)
     if domains is None:

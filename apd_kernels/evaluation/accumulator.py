@@ -16,12 +16,12 @@ from apd_kernels._core.operators import implementation_context, internal_dtype
 from apd_kernels._core.precision import resolve_precision
 from apd_kernels.distributed import gathered_rows
 from apd_kernels.evaluation.retrieval_metrics import (
-    JUNK,
     Matched,
     RankMetrics,
     Thresholds,
     check_cameras,
     check_options,
+    checked_unlabelled,
     match,
     nothing_to_count,
     positive_pairs,
@@ -29,7 +29,7 @@ from apd_kernels.evaluation.retrieval_metrics import (
     sorted_thresholds,
     summarised,
 )
-from apd_kernels.evaluation.rows import half_squares, largest_of, padded, scale_of, sorted_rows
+from apd_kernels.evaluation.rows import coarse_centre, half_squares, largest_of, padded, scale_of, sorted_rows
 
 
 class Shard(NamedTuple):
@@ -53,8 +53,9 @@ class RankAccumulator:
     Args:
         query: features, shape (Q, D); float16, bfloat16, float32 or float64.
         query_ids, query_cams: shape (Q,), as in `rank_metrics`.
-        metric, ap, ties, max_rank, precision: as in `rank_metrics`. Euclidean rows are centred about the mean of the
-            queries and scaled by their magnitude; gallery rows 10¹⁵ times as long are infinitely far.
+        metric, ap, ties, max_rank, precision, junk, unknown_camera: as in `rank_metrics`. Euclidean rows are centred
+            about the mean of the queries and scaled by their magnitude; gallery rows 10¹⁵ times as long are infinitely
+            far.
         exclude: (Q,) int64, the number of each query's own image in the gallery, in the order in which the pieces are
             added, or −1: it is not compared with itself. With several ranks the pieces of rank 0 come first. It has the
             query's identity: an image of another, which `rank_metrics` refuses, is not left out.
@@ -85,6 +86,8 @@ class RankAccumulator:
         max_rank: int = 50,
         precision: str | None = None,
         exclude: Tensor | None = None,
+        junk: int | None = -1,
+        unknown_camera: int | None = -1,
     ) -> None:
         check_features("query", query, sets=False)
         check_integers("query_ids", query_ids, query.shape[0], query.device)
@@ -94,6 +97,7 @@ class RankAccumulator:
             check_integers("exclude", exclude, query.shape[0], query.device)
         check_choice("metric", metric, METRICS)
         check_options(ap, ties, max_rank)
+        self._unlabelled = checked_unlabelled(junk, unknown_camera)
         self._ap, self._ties, self._max_rank, self._metric = ap, ties, max_rank, metric
         self._precision = resolve_precision(precision)
         self._backend = resolve_backend(query)
@@ -136,9 +140,7 @@ class RankAccumulator:
         self._scale = scale_of(largest.amax() if count else largest.new_ones(()), dtype)
         rows = sorted_rows(query, self._order, dtype, self._scale)[:count]
         if dtype == self._internal and count:
-            # Distances do not change with a common shift, and centred rows lose fewer digits in x·y − ½‖y‖². A centre
-            # on a coarse grid (values lie within ±1) leaves integer features exact.
-            self._centre = (rows.mean(0) * 64).round() / 64
+            self._centre = coarse_centre(rows)
             rows -= self._centre
         return rows
 
@@ -201,7 +203,7 @@ class RankAccumulator:
         """The metrics, once every piece has been added and counted.
 
         Returns:
-            `RankMetrics` ``(cmc, mAP, mINP, ap, valid)``, tensors on the device of the features.
+            `RankMetrics` ``(cmc, mAP, mINP, ap, valid, inp, first_rank)``, tensors on the device of the features.
 
         Raises:
             ValueError: no query has a positive.
@@ -239,7 +241,7 @@ class RankAccumulator:
         order = order[self._row[order].argsort(stable=True)]  # the same draws from a gallery in other pieces
         pairs = order[_one_of_each(self._row[order], generator)]
         draw._row, draw._similarity, draw._image = self._row[pairs], self._similarity[pairs], self._image[pairs]
-        known = (gallery_ids != JUNK).nonzero()[:, 0]
+        known = (~self._unlabelled.is_junk(gallery_ids)).nonzero()[:, 0]
         images = known[_one_of_each(gallery_ids[known], generator)]
         draw._added = len(images)
         draw._difference = _mark(gallery_ids[images], None if gallery_cams is None else gallery_cams[images])
@@ -259,7 +261,7 @@ class RankAccumulator:
         largest_of("gallery", gallery)
 
     def shard_of(self, gallery: Tensor, gallery_ids: Tensor, gallery_cams: Tensor | None) -> Shard:
-        matched = match(self._ids, gallery_ids, self._cams, gallery_cams)
+        matched = match(self._ids, gallery_ids, self._cams, gallery_cams, self._unlabelled)
         images = len(matched.gallery_rows)
         unit = self._metric == "cosine"
         rows = sorted_rows(gallery, matched.gallery_rows, self._dtype, self._scale, self._centre, unit=unit)

@@ -27,7 +27,8 @@ from apd_kernels._core.compiler import outside_of_graphs
 from apd_kernels._core.operands import METRICS, GalleryRows, PreparedRows, check_prepared
 from apd_kernels._core.operators import implementation_context, internal_dtype
 from apd_kernels._core.precision import resolve_precision
-from apd_kernels.evaluation.rows import check_places, half_squares, largest_of, scale_of, sorted_rows
+from apd_kernels.evaluation.retrieval_metrics import Unlabelled, checked_unlabelled
+from apd_kernels.evaluation.rows import check_places, coarse_centre, half_squares, largest_of, scale_of, sorted_rows
 
 # Gallery rows that the centre of Euclidean products is estimated from.
 SAMPLED_ROWS = 256
@@ -54,6 +55,8 @@ def knn(
     mask: Tensor | None = None,
     max_distance: float | None = None,
     precision: str | None = None,
+    junk: int | None = -1,
+    unknown_camera: int | None = -1,
 ) -> Neighbors:
     """The k nearest gallery rows of every query, exactly; equal distances are ordered by index.
 
@@ -73,13 +76,14 @@ def knn(
         k: number of neighbors of each query; where fewer rows are left, the rest is filled with "none".
         metric: ``"cosine"``, ``"euclidean"``, ``"sqeuclidean"`` or ``"dot"``, as in `pairwise_distance`.
         exclude_same: ``(query_ids, gallery_ids, query_cams, gallery_cams)``, integers of shape (Q,) or (G,), in the
-            order of `rank_metrics`: gallery rows of the query's identity *and* camera are left out. −1 equals nothing.
+            order of `rank_metrics`: gallery rows of the query's identity *and* camera are left out.
             ``(ids, cams)`` where the queries are the gallery: the same tensor, or with ``exclude_self=True``.
         exclude_self: True where query i is gallery row i, which is then left out; or the gallery row of each query,
             integers of shape (Q,), −1 for none.
         mask: True for gallery rows that may be found, bool of shape (G,), or (Q, G) with a choice for each query.
         max_distance: farther rows are not found (open-set search); a row at exactly this distance is.
         precision: of float32 products on tensor cores, as in `pairwise_distance`.
+        junk, unknown_camera: the identity and the camera in `exclude_same` that equal nothing, as in `rank_metrics`.
 
     Returns:
         `Neighbors` ``(distances, indices)``, on the device of the features. Where there is no further row: inf, −1.
@@ -107,7 +111,7 @@ def knn(
     if not isinstance(exclude_self, bool):
         check_places("exclude_self", exclude_self.long(), gallery.shape[0])
     largest = largest_of("query", query)
-    searched = _searched(query, gallery.shape[0], same, exclude_self, mask)
+    searched = _searched(query, gallery.shape[0], same, exclude_self, mask, checked_unlabelled(junk, unknown_camera))
     rows = _gallery_rows(gallery, searched.rows, metric, backend)
     queries, images = query.shape[0], searched.rows.numel()
     distances = torch.full((queries, k), torch.inf, dtype=internal_dtype(query), device=query.device)
@@ -206,6 +210,7 @@ def _searched(
     exclude_same: tuple[Tensor, ...] | None,
     exclude_self: bool | Tensor,
     mask: Tensor | None,
+    unlabelled: Unlabelled,
 ) -> _Searched:
     queries, device = query.shape[0], query.device
     rows = torch.arange(images, device=device)
@@ -226,8 +231,10 @@ def _searched(
         identity = torch.unique(torch.cat([query_ids, gallery_ids]), return_inverse=True)[1]
         names, camera = torch.unique(torch.cat([query_cams, gallery_cams]), return_inverse=True)
         code = identity * max(1, names.numel()) + camera
-        query_codes = torch.where((query_ids == -1) | (query_cams == -1), -1, code[:queries])
-        gallery_codes = torch.where((gallery_ids == -1) | (gallery_cams == -1), -2, code[queries:])[rows]
+        of_query = unlabelled.is_junk(query_ids) | unlabelled.is_unknown(query_cams)
+        of_gallery = unlabelled.is_junk(gallery_ids) | unlabelled.is_unknown(gallery_cams)
+        query_codes = torch.where(of_query, -1, code[:queries])
+        gallery_codes = torch.where(of_gallery, -2, code[queries:])[rows]
     return _Searched(rows, query_codes, gallery_codes, own, mask)
 
 
@@ -256,7 +263,7 @@ def _made_gallery_rows(gallery: Tensor, rows: Tensor, metric: str, backend: str)
     centre = None
     if dtype == internal_dtype(gallery) and images:
         some = gallery[:: max(1, len(gallery) // SAMPLED_ROWS)].to(dtype) * scale
-        centre = (some.mean(0) * 64).round() / 64  # on a coarse grid: integer features stay exact
+        centre = coarse_centre(some)
     copy = sorted_rows(gallery, rows, dtype, scale, centre)
     return GalleryRows(gallery, largest, scale, copy[:images], half_squares(copy)[:images], centre)
 

@@ -22,6 +22,7 @@ from apd_kernels.evaluation.retrieval_metrics import (
     check_labels,
     check_options,
     check_own,
+    checked_unlabelled,
     metrics_of_blocks,
 )
 from apd_kernels.evaluation.rows import padded
@@ -51,11 +52,13 @@ def rank_metrics(
     exclude: Tensor | None = None,
     single_shot: int | None = None,
     seed: int = 0,
+    junk: int | None = -1,
+    unknown_camera: int | None = -1,
 ) -> RankMetrics:
     """CMC, mAP and mINP of a retrieval run, exactly, from features (Zheng et al., 2015; mINP: Ye et al., 2021).
 
-    Gallery images of the query's identity *and* camera are removed, images of identity −1 (junk) are ignored. A query
-    without a positive in the rest, or of identity −1, is not counted. Ties are pessimistic: at the same distance a
+    Gallery images of the query's identity *and* camera are removed, images of identity `junk` are ignored. A query
+    without a positive in the rest, or of identity `junk`, is not counted. Ties are pessimistic: at the same distance a
     negative comes before a positive, so features that are all equal do not score. Bit-identical gallery rows tie (on
     the CPU with MKL, which PyTorch's x86 wheels use; not every BLAS library multiplies equal columns equally).
 
@@ -85,9 +88,13 @@ def rank_metrics(
             draws (they: 10) of one gallery image of each identity, of the query's own among those that are not
             removed. AP and INP are of all images. None: the CMC too.
         seed: of those draws.
+        junk: the number that is no identity: such images count neither for nor against. None: every number is one, as
+            in torchreid and fast-reid.
+        unknown_camera: the number that says "camera not known": it equals no camera, so nothing is removed for it.
+            None: every number is a camera.
 
     Returns:
-        `RankMetrics` ``(cmc, mAP, mINP, ap, valid)``, tensors on the device of the features.
+        `RankMetrics` ``(cmc, mAP, mINP, ap, valid, inp, first_rank)``, tensors on the device of the features.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or choice; features that are not finite; no
@@ -110,6 +117,8 @@ def rank_metrics(
         max_rank=max_rank,
         precision=precision,
         exclude=exclude,
+        junk=junk,
+        unknown_camera=unknown_camera,
     )
     if single_shot is not None:
         if isinstance(single_shot, bool) or not isinstance(single_shot, int):
@@ -119,7 +128,7 @@ def rank_metrics(
     _check_seed(seed)
     ranks.check(gallery, gallery_ids, gallery_cams)
     if exclude is not None:
-        check_own(exclude, query_ids, gallery_ids)
+        check_own(exclude, query_ids, gallery_ids, checked_unlabelled(junk, unknown_camera))
 
     def shard(ranks: RankAccumulator, images: slice | Tensor) -> Shard:
         cams = None if gallery_cams is None else gallery_cams[images]
@@ -170,13 +179,16 @@ def rank_metrics_from_distances(
     ties: str = "pessimistic",
     max_rank: int = 50,
     exclude: Tensor | None = None,
+    junk: int | None = -1,
+    unknown_camera: int | None = -1,
 ) -> RankMetrics:
     """CMC, mAP and mINP, exactly, of distances that somebody else has computed.
 
     Args:
         distances: shape (Q, G), smaller is nearer; float16, bfloat16, float32 or float64, any strides. It is read in
             blocks of rows, 64 MB at a time.
-        query_ids, gallery_ids, query_cams, gallery_cams, ap, ties, max_rank, exclude: as in `rank_metrics`.
+        query_ids, gallery_ids, query_cams, gallery_cams, ap, ties, max_rank, exclude, junk, unknown_camera: as in
+            `rank_metrics`.
 
     Returns:
         `RankMetrics`, tensors on the device of the distances.
@@ -200,10 +212,11 @@ def rank_metrics_from_distances(
     if exclude is not None:
         check_integers("exclude", exclude, queries, distances.device)
     check_options(ap, ties, max_rank)
+    unlabelled = checked_unlabelled(junk, unknown_camera)
     if distances.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("rank_metrics: expected a call outside CUDA graph capture; its steps depend on the data")
     if exclude is not None:
-        check_own(exclude, query_ids, gallery_ids)
+        check_own(exclude, query_ids, gallery_ids, unlabelled)
     dtype = internal_dtype(distances)
     at_once = 1 if distances.is_cuda else torch.get_num_threads()  # blocks
     return metrics_of_blocks(
@@ -216,5 +229,6 @@ def rank_metrics_from_distances(
         ap=ap,
         ties=ties,
         max_rank=max_rank,
+        unlabelled=unlabelled,
         exclude=exclude,
     )

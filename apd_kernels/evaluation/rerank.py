@@ -25,8 +25,14 @@ from apd_kernels._core.compiler import outside_of_graphs
 from apd_kernels._core.operators import implementation_context, internal_dtype
 from apd_kernels._core.rows import unit_rows
 from apd_kernels.evaluation.neighbors import Neighbors
-from apd_kernels.evaluation.retrieval_metrics import RankMetrics, check_labels, check_options, metrics_of_blocks
-from apd_kernels.evaluation.rows import largest_of, scale_of
+from apd_kernels.evaluation.retrieval_metrics import (
+    RankMetrics,
+    check_labels,
+    check_options,
+    checked_unlabelled,
+    metrics_of_blocks,
+)
+from apd_kernels.evaluation.rows import coarse_centre, largest_of, scale_of
 from apd_kernels.reference import rerank as reference
 
 VARIANTS = ("torchreid", "transreid")
@@ -132,19 +138,21 @@ class RerankedDistances:
         ap: str = "rectangular",
         ties: str = "pessimistic",
         max_rank: int = 50,
+        junk: int | None = -1,
+        unknown_camera: int | None = -1,
     ) -> RankMetrics:
         """CMC, mAP and mINP of the re-ranked distances, block by block; see the function `rank_metrics`.
 
         Args:
             query_ids: identity of each query, shape (Q,), any integer dtype.
-            gallery_ids: identity of each gallery image, shape (G,); −1 is junk.
+            gallery_ids: identity of each gallery image, shape (G,).
             query_cams: camera of each query, shape (Q,); None (then also `gallery_cams`) keeps every gallery image.
             gallery_cams: camera of each gallery image, shape (G,).
-            ap, ties: as in `rank_metrics`.
+            ap, ties, junk, unknown_camera: as in `rank_metrics`.
             max_rank: length of the CMC.
 
         Returns:
-            `RankMetrics` ``(cmc, mAP, mINP, ap, valid)``.
+            `RankMetrics` ``(cmc, mAP, mINP, ap, valid, inp, first_rank)``.
 
         Raises:
             TypeError, ValueError: as `rank_metrics`.
@@ -161,6 +169,7 @@ class RerankedDistances:
             ap=ap,
             ties=ties,
             max_rank=max_rank,
+            unlabelled=checked_unlabelled(junk, unknown_camera),
         )
 
     def _queries(self, rows: slice) -> Tensor:
@@ -178,6 +187,8 @@ class RerankedDistances:
             result = reference.jaccard(self._encoding, self._by_column, queries)[:, first:]
             share = torch.tensor(1 - self._lambda, dtype=result.dtype, device="cpu")  # float16 rounds it too
             result = result.mul_(share).to(self._largest.dtype)
+            if self._encoding.values.dtype != torch.float16:  # "transreid" keeps its rounding, below 0 included
+                result.clamp_(min=0)
             if self._lambda:
                 own = self._distances.block(queries)[:, first:]
                 own = reference.divided(own, self._largest[queries, None]).pow_(self._power)
@@ -216,7 +227,7 @@ def k_reciprocal_rerank(
         lambda_value: λ, the share of the distance itself, 0 to 1.
         variant: ``"torchreid"``: the square of `metric` over its maximum, as in torchreid, fast-reid, BAU and
             cluster-contrast. ``"transreid"``: the same of Euclidean distances with encodings in float16, as in
-            TransReID, CLIP-ReID and strong-baseline; some 4e-3 off exact arithmetic.
+            TransReID, CLIP-ReID and strong-baseline; some 4e-3 off exact arithmetic, and as far below 0 as there.
         metric: ``"euclidean"``; ``"sqeuclidean"``, whose square torchreid's and fast-reid's own evaluation takes; or
             ``"cosine"``, 1 − cos, where a zero row is at distance 1 from all others.
 
@@ -327,7 +338,7 @@ def jaccard_distance(
             out are at distance 1; explicit zeros are distances.
 
     Returns:
-        (N, N), symmetric, float32 (float64 for float64 inputs), between 0 and 1.
+        (N, N), symmetric, float32 (float64 for float64 inputs), between 0 and 1, zeros on the diagonal.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, range or choice; features that are not finite.
@@ -362,7 +373,9 @@ def jaccard_distance(
         items = torch.arange(count, device=features.device)
 
         def block(rows: slice) -> Tensor:
-            return reference.jaccard(encoding, by_column, items[rows]).clamp_(min=0)
+            distances = reference.jaccard(encoding, by_column, items[rows]).clamp_(min=0)
+            distances.diagonal(rows.start).zero_()  # the weights of a row need not sum to 1 to the last bit
+            return distances
 
         return _gathered_sparse(block, encoding.values, count) if sparse else _gathered(block, encoding.values, count)
 
@@ -484,8 +497,7 @@ def _prepared(features: dict[str, Tensor], metric: str) -> tuple[Tensor, int, Te
     elif count:
         scale = scale_of(largest, dtype)
         rows *= scale
-        # Centred rows lose fewer digits in products; a centre on a coarse grid leaves integer features exact.
-        rows[:count] -= (rows[:count].mean(0) * 64).round() / 64
+        rows[:count] -= coarse_centre(rows[:count])
     return rows, count, scale
 
 

@@ -16,8 +16,24 @@ from apd_kernels.evaluation.rows import check_places
 
 AVERAGE_PRECISIONS = ("rectangular", "trapezoidal")
 TIES = ("pessimistic", "optimistic", "expected")
-JUNK = -1  # the identity of gallery images that count neither for nor against
 _SUMMED = 64  # images at one distance up to which a sum is taken term by term
+
+
+class Unlabelled(NamedTuple):
+    """The numbers that are no identity and no camera, for every figure and every list; None where there is none.
+
+    An image of identity `junk` counts neither for nor against, and as a query it is not counted. `camera` says that the
+    camera is not known: it equals no camera, and so removes nothing.
+    """
+
+    junk: int | None = -1
+    camera: int | None = -1
+
+    def is_junk(self, ids: Tensor) -> Tensor:
+        return torch.zeros_like(ids, dtype=torch.bool) if self.junk is None else ids == self.junk
+
+    def is_unknown(self, cams: Tensor) -> Tensor:
+        return torch.zeros_like(cams, dtype=torch.bool) if self.camera is None else cams == self.camera
 
 
 class RankMetrics(NamedTuple):
@@ -28,6 +44,8 @@ class RankMetrics(NamedTuple):
     mINP: float
     ap: Tensor  # (Q,) float64: average precision of each query, NaN where it is not counted
     valid: Tensor  # (Q,) bool: the query has a positive and is counted
+    inp: Tensor  # (Q,) float64: positives / rank of the last positive, NaN where it is not counted
+    first_rank: Tensor  # (Q,) float64: rank of the first positive, from 1, NaN where it is not counted
 
 
 class Matched(NamedTuple):
@@ -44,7 +62,13 @@ class Matched(NamedTuple):
     removed_last: Tensor
 
 
-def match(query_ids: Tensor, gallery_ids: Tensor, query_cams: Tensor | None, gallery_cams: Tensor | None) -> Matched:
+def match(
+    query_ids: Tensor,
+    gallery_ids: Tensor,
+    query_cams: Tensor | None,
+    gallery_cams: Tensor | None,
+    unlabelled: Unlabelled,
+) -> Matched:
     query_ids, gallery_ids = query_ids.long(), gallery_ids.long()
     identity = torch.unique(torch.cat([query_ids, gallery_ids]), return_inverse=True)[1]
     cameras = 1
@@ -54,7 +78,7 @@ def match(query_ids: Tensor, gallery_ids: Tensor, query_cams: Tensor | None, gal
         cameras = max(1, names.numel())
         code = identity * cameras + camera
     queries = query_ids.numel()
-    gallery_rows = (gallery_ids != JUNK).nonzero()[:, 0]
+    gallery_rows = (~unlabelled.is_junk(gallery_ids)).nonzero()[:, 0]
     gallery_rows = gallery_rows[code[queries:][gallery_rows].argsort(stable=True)]
     code_of_gallery, code_of_query = code[queries:][gallery_rows], code[:queries]
     first_code = identity[:queries] * cameras
@@ -62,8 +86,9 @@ def match(query_ids: Tensor, gallery_ids: Tensor, query_cams: Tensor | None, gal
     last = torch.searchsorted(code_of_gallery, first_code + cameras)
     removed_first, removed_last = last, last
     if query_cams is not None:
-        removed_first = torch.searchsorted(code_of_gallery, code_of_query)
-        removed_last = torch.searchsorted(code_of_gallery, code_of_query, right=True)
+        unknown = unlabelled.is_unknown(query_cams.long())
+        removed_first = torch.where(unknown, last, torch.searchsorted(code_of_gallery, code_of_query))
+        removed_last = torch.where(unknown, last, torch.searchsorted(code_of_gallery, code_of_query, right=True))
     return Matched(gallery_rows, first, last, removed_first, removed_last)
 
 
@@ -156,13 +181,14 @@ def metrics_of_blocks(
     ap: str,
     ties: str,
     max_rank: int,
+    unlabelled: Unlabelled,
     exclude: Tensor | None = None,
 ) -> RankMetrics:
     """The metrics of distances that come in blocks of rows: `distances_of(queries)` is (n, G), float32 or float64, and
     may be written into. At most `size` queries at once."""
     query_ids, gallery_ids = query_ids.long(), gallery_ids.long()  # −1 is 255 among bytes
     queries, images = len(query_ids), len(gallery_ids)
-    matched = match(query_ids, gallery_ids, query_cams, gallery_cams)
+    matched = match(query_ids, gallery_ids, query_cams, gallery_cams, unlabelled)
     row, column, _, kept = positive_pairs(matched)
     column = matched.gallery_rows[column]
     if exclude is not None:
@@ -173,7 +199,7 @@ def metrics_of_blocks(
     if not len(chosen):
         raise nothing_to_count(queries, images, query_cams is not None)
     starts = torch.cat([positives.new_zeros(1), positives[chosen].cumsum(0)])
-    junk = gallery_ids == JUNK
+    junk = unlabelled.is_junk(gallery_ids)
 
     def work(at: int) -> tuple[Tensor, ...]:
         rows, bounds = chosen[at : at + size], starts[at : at + size + 1]
@@ -234,13 +260,20 @@ def check_labels(
         check_integers("gallery_cams", gallery_cams, shape[1], device)
 
 
-def check_own(exclude: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> None:
+def checked_unlabelled(junk: int | None, unknown_camera: int | None) -> Unlabelled:
+    for name, value in (("junk", junk), ("unknown_camera", unknown_camera)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"{name}: expected an int or None, got {type(value).__name__}")
+    return Unlabelled(junk, unknown_camera)
+
+
+def check_own(exclude: Tensor, query_ids: Tensor, gallery_ids: Tensor, unlabelled: Unlabelled) -> None:
     """`exclude` names images of the queries' identities (or junk): an image of another would count as a negative."""
     places = exclude.long()
     check_places("exclude", places, len(gallery_ids))
     named = (places >= 0).nonzero()[:, 0]
     own, found = query_ids.long()[named], gallery_ids.long()[places[named]]
-    wrong = ((own != found) & (found != JUNK)).nonzero()[:, 0]
+    wrong = ((own != found) & ~unlabelled.is_junk(found)).nonzero()[:, 0]
     if wrong.numel():
         first = wrong[0]
         raise ValueError(
@@ -276,7 +309,7 @@ def summary(at_least: Tensor, starts: Tensor, query_rows: Tensor, queries: int, 
     worst, best = rank[starts[:-1]], rank[starts[1:] - 1]
     found = torch.bincount(best[best <= max_rank] - 1, minlength=max_rank)
     cmc = found.cumsum(0).double() / positives.numel()
-    return _metrics(cmc, each, positives / worst.double(), query_rows, queries, at_least.device)
+    return _metrics(cmc, each, positives / worst.double(), best.double(), query_rows, queries, at_least.device)
 
 
 def expected_summary(
@@ -321,7 +354,9 @@ def expected_summary(
         share = (b[nearest] - passed) / (a[nearest] + b[nearest] - passed).clamp(min=1)
         missed *= torch.where(passed >= 0, share.clamp(0, 1), 1)
         cmc[k] = 1 - missed.mean()
-    return _metrics(cmc, each, positives * worst, query_rows, queries, device)
+    # Of a + b images in random order the first of the a is at place (a + b + 1)/(a + 1) on average.
+    first = nearer[nearest] + 1 + b[nearest] / (a[nearest] + 1)
+    return _metrics(cmc, each, positives * worst, first, query_rows, queries, device)
 
 
 def _expected_precisions(a: Tensor, b: Tensor, hits: Tensor, nearer: Tensor, *, before: bool = False) -> Tensor:
@@ -363,14 +398,18 @@ def _expected_inverse_of_last(a: Tensor, b: Tensor, before: Tensor) -> Tensor:
 
 
 def _metrics(
-    cmc: Tensor, each: Tensor, inverse: Tensor, query_rows: Tensor, queries: int, device: torch.device
+    cmc: Tensor, ap: Tensor, inp: Tensor, first: Tensor, query_rows: Tensor, queries: int, device: torch.device
 ) -> RankMetrics:
-    average = each.new_full((queries,), float("nan"))
-    average[query_rows.cpu()] = each
+    of_queries = torch.full((3, queries), float("nan"), dtype=torch.float64, device="cpu")
+    of_queries[:, query_rows.cpu()] = torch.stack([ap, inp, first])
+    valid = ~of_queries[0].isnan()
+    average, inverse, rank = of_queries.to(device)
     return RankMetrics(
         cmc=cmc.to(device),
-        mAP=float(average[~average.isnan()].mean()),
-        mINP=float(inverse.mean()),
-        ap=average.to(device),
-        valid=(~average.isnan()).to(device),
+        mAP=float(of_queries[0, valid].mean()),
+        mINP=float(inp.mean()),
+        ap=average,
+        valid=valid.to(device),
+        inp=inverse,
+        first_rank=rank,
     )

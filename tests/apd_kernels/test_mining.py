@@ -520,7 +520,7 @@ def test_bad_input(arguments: tuple[object, ...], error: type[Exception], messag
     ("with_y", "options", "error", "message"),
     [
         (False, {"own": LABELS}, ValueError, r"y: expected with own, got None"),
-        (False, {"y_valid": LABELS > 0}, ValueError, r"y: expected with y_valid, got None"),
+        (False, {"y_valid": LABELS[:1] > 0}, ValueError, r"y_valid: expected shape \(4,\), got \(1,\)"),
         (True, {"own": LABELS[:2]}, ValueError, r"own: expected shape \(4,\), got \(2,\)"),
         (True, {"own": LABELS.float()}, TypeError, r"own: expected an integer dtype, got torch.float32"),
         (True, {"y_valid": LABELS}, TypeError, r"y_valid: expected torch.bool, got torch.int64"),

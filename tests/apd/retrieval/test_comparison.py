@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from apd.retrieval import comparison
 from apd.retrieval.comparison import ColourHistogram, chance, nearest_is_right, paired_difference, retrieve
 from apd.retrieval.features import FeatureSet
 from apd_kernels import rank_metrics
@@ -73,18 +72,6 @@ def test_retrieve_agrees_with_rank_metrics() -> None:
     assert found.queries.tolist() == expected.valid.nonzero().flatten().tolist()
     assert (found.identities == query.identities()[found.queries]).all()
     assert found.rank1_error == pytest.approx((found.rank1 * (1 - found.rank1) / len(found.right)) ** 0.5)
-
-
-def test_retrieve_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    random = np.random.default_rng(2)
-    query, gallery = (
-        rows(list(random.integers(0, 5, n)), list(random.integers(1, 3, n)), random.standard_normal((n, 8)))
-        for n in (23, 40)
-    )
-    whole = retrieve(query, gallery)
-    monkeypatch.setattr(comparison, "_QUERIES", 7)
-    assert retrieve(query, gallery).right.tolist() == whole.right.tolist()
-    assert 0 < whole.rank1 < 1
 
 
 def test_retrieve_is_pessimistic_about_ties() -> None:

@@ -309,3 +309,26 @@ def test_two_models_have_no_distance(tmp_path: Path, arrays: dict[str, np.ndarra
     assert "g.npz: flip_test: expected False as in" in error("evaluate", *sources)
     write(gallery, part(arrays, 2))  # not known: the user's word is taken
     _evaluated(tmp_path, *sources)
+
+
+# no cameras, or one
+
+
+@pytest.mark.parametrize("cameras", ["none", "one", "unknown"])
+def test_ignore_cameras(tmp_path: Path, arrays: dict[str, np.ndarray], cameras: str) -> None:
+    """The same figures as without cameras in the library; cameras that are not known need no option."""
+    x, y, ids, gallery_ids, *_ = _tensors(arrays)
+    wanted = _figures(rank_metrics(x, y, ids, gallery_ids))
+    if cameras == "none":
+        del arrays["camids"]
+    else:
+        arrays["camids"][:] = 1 if cameras == "one" else -1
+    file = write(tmp_path / "f.npz", arrays)
+    found = _evaluated(tmp_path, "--features", file, "--ignore-cameras")
+    assert {name: found[name] for name in wanted} == wanted
+    assert found["ignore_cameras"]
+    if cameras == "unknown":
+        found = _evaluated(tmp_path, "--features", file)
+        assert {name: found[name] for name in wanted} == wanted
+    else:
+        assert "--ignore-cameras" in error("evaluate", "--features", file)

@@ -23,19 +23,20 @@ pytestmark = pytest.mark.oldest
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
-def of_one_order(positive: list[bool], ap: str, max_rank: int) -> tuple[float, float, list[bool]]:
-    """AP, INP and CMC of one ranked list."""
+def of_one_order(positive: list[bool], ap: str, max_rank: int) -> tuple[float, float, float, list[bool]]:
+    """AP, INP, rank of the first positive and CMC of one ranked list."""
     ranks = [rank for rank, is_positive in enumerate(positive, 1) if is_positive]
     precision = [hit / rank for hit, rank in enumerate(ranks, 1)]
     if ap == "trapezoidal":
         before = [(hit - 1) / (rank - 1) if rank > 1 else 1.0 for hit, rank in enumerate(ranks, 1)]
         precision = [(one + other) / 2 for one, other in zip(precision, before, strict=True)]
-    return sum(precision) / len(ranks), len(ranks) / ranks[-1], [ranks[0] <= k for k in range(1, max_rank + 1)]
+    found = [ranks[0] <= k for k in range(1, max_rank + 1)]
+    return sum(precision) / len(ranks), len(ranks) / ranks[-1], ranks[0], found
 
 
 def of_one_query(
     positives: list[float], negatives: list[float], ap: str, ties: str, max_rank: int
-) -> tuple[float, float, Tensor]:
+) -> tuple[float, float, float, Tensor]:
     """The same from distances; the mean over the orders of the images at one distance where that is asked for."""
     groups: dict[float, list[int]] = {}
     for distance in positives:
@@ -46,16 +47,16 @@ def of_one_query(
         ranked = []
         for _, (a, b) in sorted(groups.items()):
             ranked += [True] * a + [False] * b if ties == "optimistic" else [False] * b + [True] * a
-        average, inverse, found = of_one_order(ranked, ap, max_rank)
-        return average, inverse, torch.tensor(found, dtype=torch.float64)
-    mean, mean_inverse, weights = 0.0, 0.0, 0.0
+        *figures, found = of_one_order(ranked, ap, max_rank)
+        return *figures, torch.tensor(found, dtype=torch.float64)
+    mean, weights = torch.zeros(3, dtype=torch.float64), 0
     share = torch.zeros(max_rank, dtype=torch.float64)
     orders = [set(itertools.permutations([True] * a + [False] * b)) for _, (a, b) in sorted(groups.items())]
     for chosen in itertools.product(*orders):  # equally likely
-        one, other, reached = of_one_order([item for group in chosen for item in group], ap, max_rank)
-        mean, mean_inverse, weights = mean + one, mean_inverse + other, weights + 1
+        *figures, reached = of_one_order([item for group in chosen for item in group], ap, max_rank)
+        mean, weights = mean + torch.tensor(figures, dtype=torch.float64), weights + 1
         share += torch.tensor(reached, dtype=torch.float64)
-    return mean / weights, mean_inverse / weights, share / weights
+    return *(mean / weights).tolist(), share / weights
 
 
 def expected(
@@ -69,27 +70,29 @@ def expected(
     ties: str = "pessimistic",
     max_rank: int = 50,
     exclude: Tensor | None = None,
+    junk: int | None = -1,
+    unknown_camera: int | None = -1,
 ) -> RankMetrics:
     """The definitions, query by query, from a float64 distance matrix."""
-    average, found, inverse = [], torch.zeros(max_rank, dtype=torch.float64), []
+    figures, found = [], torch.zeros(max_rank, dtype=torch.float64)
     for i, row in enumerate(distance.double()):
         positive = gallery_ids == query_ids[i]
-        kept = gallery_ids != -1
-        if query_cams is not None and gallery_cams is not None:
+        kept = gallery_ids != junk if junk is not None else gallery_ids == gallery_ids
+        if query_cams is not None and gallery_cams is not None and query_cams[i] != unknown_camera:
             kept &= ~(positive & (gallery_cams == query_cams[i]))
         if exclude is not None:
             kept &= torch.arange(len(gallery_ids)) != exclude[i]
         positives, negatives = row[kept & positive].tolist(), row[kept & ~positive].tolist()
-        if query_ids[i] == -1 or len(positives) == 0:
-            average.append(math.nan)
+        if query_ids[i] == junk or len(positives) == 0:
+            figures.append((math.nan,) * 3)
             continue
         of_query = of_one_query(positives, negatives, ap, ties, max_rank)
-        average.append(of_query[0])
-        inverse.append(of_query[1])
-        found += of_query[2]
-    each = torch.tensor(average, dtype=torch.float64)
+        figures.append(of_query[:3])
+        found += of_query[3]
+    each, inverse, first = torch.tensor(figures, dtype=torch.float64).unbind(1)
     valid = ~each.isnan()
-    return RankMetrics(found / len(inverse), float(each[valid].mean()), sum(inverse) / len(inverse), each, valid)
+    means = float(each[valid].mean()), float(inverse[valid].mean())
+    return RankMetrics(found / valid.sum(), *means, each, valid, inverse, first)
 
 
 def assert_same(found: RankMetrics, wanted: RankMetrics, tolerance: float = 1e-12) -> None:
