@@ -72,7 +72,7 @@ class Run:
 
     def info(self) -> dict[str, Any]:
         """The contents of run.json."""
-        return _read_json(self.path / INFO)
+        return read_info(self.path)
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights, hexadecimal."""
@@ -155,6 +155,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected an object, got {type(content).__name__}")
     return content
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """The contents of run.json of a run folder; empty where there is none."""
+    return _read_json(path / INFO)
 
 
 def update_info(path: Path, **changes: Any) -> None:

@@ -98,9 +98,10 @@ def synthesize(
     from apd.data.datasets import read_dataset
     from apd.run import Run
     from apd.training.synthesis import synthesize as write_images
+    from apd.training.train import hard_images
 
     run = Run(checkpoint)
-    generator = run.load_generator(on)
+    generator = hard_images(run, on)
     folder = read_dataset(data, parts)
     for name in parts:
         write_images(generator, getattr(folder, name), name, output, run.size, device=on, workers=workers)
@@ -111,7 +112,9 @@ def synthesize(
 def show(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME|FILE]", help="cpu, demo, market, small or a YAML file; without it the defaults."),
+        typer.Argument(
+            metavar="[NAME|FILE]", help="cpu, demo, market, paper, small or a YAML file; without it the defaults."
+        ),
     ] = None,
 ) -> None:
     """Every value, its meaning, and where its default comes from: the paper, TransReID, or ours."""

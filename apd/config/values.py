@@ -39,9 +39,16 @@ class DataConfig:
     grey: float = _value(0.0, "probability that an image of stage 2 loses its colours", OURS)
     train_on: str = _value(
         "both",
-        "images of stage 2 after a stage 1; the paper trains on the synthesized ones",
+        "images of stage 2 after a stage 1: both (originals, some of which give their place to what was made of them); "
+        "the paper trains on the synthesized ones",
         OURS,
         choices=("both", "synthesized", "original"),
+    )
+    synthesized_from: float = _value(
+        0.4, "with train_on both: share of the steps of stage 2 that are over when synthesized images join", OURS
+    )
+    synthesized_probability: float = _value(
+        0.5, "with train_on both: probability that an image gives its place to its synthesized one", OURS
     )
     workers: int = _value(4, "processes that read images; 0 reads in the training process", OURS)
     cache: bool = _value(False, "keep the decoded, resized images in memory: height × width × 3 bytes each", OURS)
@@ -70,6 +77,15 @@ class MPGConfig:
     discriminator_layers: int = _value(3, "stride-2 layers of the discriminator", OURS)
     lr: float = _value(2e-4, "learning rate of both (Adam)", OURS)
     beta1: float = _value(0.5, "Adam's β1 of both", OURS)
+    content_bound: float | None = _value(
+        0.3,
+        "largest change of φ in a synthesized image, as a share of that between two images of a person from different "
+        "cameras: further ones are blended with the original; none: as the generator makes them",
+        OURS,
+    )
+    stop_flipped: float | None = _value(
+        0.9, "stage 1 ends when so large a share of G(x) is nearest to another identity; none: after all steps", OURS
+    )
     trunk: str = _value(
         "auto",
         "frozen network of ψ and φ: a timm name with ImageNet weights; auto (resnet50 as in the paper, else "
@@ -193,6 +209,12 @@ class TrainConfig:
         5.0, "epochs over which the learning rate grows linearly; then cosine to 0", TRANSREID
     )
     clip: float | None = _value(None, "largest norm of the gradient; none: not clipped", OURS)
+    on_collapse: str = _value(
+        "stop",
+        "what happens when the spread of f falls below a tenth of what it began with, so that everybody looks alike",
+        OURS,
+        choices=("stop", "continue"),
+    )
     validation_identities: int = _value(
         0, "identities of every source kept from training to choose the best weights by; 0: the last weights", OURS
     )
@@ -206,9 +228,10 @@ class Config:
     seed: int = _value(0, "seed of everything random", OURS)
     perturbation: str = _value(
         "generator",
-        "where hard samples come from: generator (stage 1, MPG-Net), latent (metric_perturb on features), both, none",
+        "where hard samples come from: generator (stage 1, MPG-Net), latent (metric_perturb on features), both, none; "
+        "noise: images with noise as strong as mpg.content_bound lets it be, the control for the generator",
         PAPER,
-        choices=("generator", "latent", "both", "none"),
+        choices=("generator", "latent", "both", "none", "noise"),
     )
     precision: str = _value(
         "no", "mixed precision: no, bf16 or fp16 (stage 1 then takes float32)", OURS, choices=("no", "bf16", "fp16")
@@ -221,6 +244,16 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     latent: LatentConfig = field(default_factory=LatentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def uses_generator(self) -> bool:
+        """Whether there is a stage 1."""
+        return self.perturbation in ("generator", "both")
+
+    @property
+    def synthesizes(self) -> bool:
+        """Whether hard images are written before stage 2."""
+        return self.uses_generator or self.perturbation == "noise"
 
 
 class Setting(NamedTuple):
@@ -289,13 +322,14 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     (
         "more than 0",
         lambda value: value > 0,
-        ("checkpoint_minutes", "mpg.lr", "train.lr", "train.clip", "train.validation_epochs"),
+        ("checkpoint_minutes", "mpg.lr", "mpg.content_bound", "train.lr", "train.clip", "train.validation_epochs"),
     ),
     (
         "from 0 to 1",
         lambda value: 0 <= value <= 1,
         (
             *("data.flip", "data.erasing", "data.jitter", "data.grey", "loss.label_smoothing"),
+            *("data.synthesized_from", "data.synthesized_probability", "mpg.stop_flipped"),
             *("data.jitter_brightness", "data.jitter_contrast", "data.jitter_saturation"),
         ),
     ),
@@ -330,9 +364,9 @@ def check(config: Config) -> None:
             raise _wrong("data.pad", f"less than data.{side} ({pixels})", data.pad)
         if model.patch_size is not None and model.stride is None and pixels % model.patch_size:
             raise _wrong(f"data.{side}", f"a multiple of model.patch_size ({model.patch_size})", pixels)
-        if config.perturbation in ("generator", "both") and pixels % 4:
+        if config.uses_generator and pixels % 4:
             raise _wrong(f"data.{side}", "a multiple of 4, since the generator halves images twice", pixels)
-    if config.perturbation in ("generator", "both") and min(data.height, data.width) >> mpg.discriminator_layers < 3:
+    if config.uses_generator and min(data.height, data.width) >> mpg.discriminator_layers < 3:
         expected = f"fewer for images of {data.height}×{data.width}: at least 3 pixels must be left"
         raise _wrong("mpg.discriminator_layers", expected, mpg.discriminator_layers)
     if model.embed_dim is not None and model.heads is not None and model.embed_dim % model.heads:
@@ -343,6 +377,8 @@ def check(config: Config) -> None:
             raise _wrong(f"model.{size}", expected, getattr(model, size))
     if model.stride is not None and model.patch_size is not None and model.stride > model.patch_size:
         raise _wrong("model.stride", f"at most model.patch_size ({model.patch_size})", model.stride)
+    if config.perturbation == "noise" and mpg.content_bound is None:
+        raise _wrong("mpg.content_bound", "a number with perturbation=noise, whose strength it is", None)
     if mpg.trunk in ("random", "random:"):
         raise _wrong("mpg.trunk", "auto, self, a timm name or random:NAME", mpg.trunk)
     if mpg.trunk.startswith("random:") and mpg.trunk_weights is not None:

@@ -12,6 +12,7 @@ import torch
 from apd.errors import InputError
 
 _STREAM = 1  # sampling and augmentation (loading.py) draw from different streams of one seed
+_COUNTERPARTS = 5
 
 
 class BatchOrder(Protocol):
@@ -92,6 +93,30 @@ class PKSampler:
         if len(shuffled) < size:
             shuffled = np.resize(shuffled, size)  # repeats from the start: as evenly as it goes
         return [shuffled[i : i + size].tolist() for i in range(0, len(shuffled) - size + 1, size)]
+
+
+class WithCounterparts:
+    """Batches of an order in which images give their place to their counterparts, `offset` places further on.
+
+    Args:
+        order: batches of originals.
+        offset: from an image to its counterpart.
+        first: step from which counterparts join, counted from 0.
+        probability: of each image.
+        seed: with the step's number it decides which.
+    """
+
+    def __init__(self, order: BatchOrder, offset: int, first: int, probability: float, *, seed: int) -> None:
+        self._order, self._offset, self._first = order, offset, first
+        self._probability, self._seed = probability, seed
+
+    def batches(self, start: int) -> Iterator[list[int]]:
+        """The batches from step `start` on."""
+        for step, batch in enumerate(self._order.batches(start), start):
+            if step >= self._first:
+                drawn = np.random.default_rng((_COUNTERPARTS, self._seed, step)).random(len(batch))
+                batch = (np.array(batch) + self._offset * (drawn < self._probability)).tolist()
+            yield batch
 
 
 def _identities(batch_size: int, instances: int) -> int:

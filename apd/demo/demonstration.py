@@ -17,6 +17,7 @@ from apd.data.market import FOLDERS, ReidFolder, read_market
 from apd.demo.pedestrians import SOURCES, UNSEEN, Domain, write_domain
 from apd.demo.report import (
     CAVEAT,
+    TRAININGS,
     Demo,
     Tested,
     domains_table,
@@ -37,7 +38,8 @@ from apd.run import CONFIG
 from apd.training.train import start_run, train_run
 from apd_kernels import Gallery
 
-DATA, BASELINE, APD, GALLERY, REPORT, FIGURES = "data", "baseline", "apd", "gallery", "report.html", "demo.json"
+DATA, GALLERY, REPORT, FIGURES = "data", "gallery", "report.html", "demo.json"
+FOLDERS_OF = {name: name.lower() for name in TRAININGS}
 _MADE_BY = {"made_by": "apd demo"}  # in demo.json; a folder with it may be replaced
 _LISTED = 10  # gallery images in a ranked list
 
@@ -69,7 +71,7 @@ def run_demo(
     frames: int = 4,
     overrides: Sequence[str] = (),
 ) -> Demo:
-    """Draw domains, train the baseline and APD on the sources, test both on all, search, and write a report.
+    """Draw domains, train the baseline, SP-Net, its control and APD on the sources, test all on every domain, search, and write a report.
 
     Args:
         output: folder to make; an earlier demonstration in it is replaced.
@@ -101,20 +103,19 @@ def run_demo(
                 test_identities=test_identities,
                 frames=frames,
             )
-    with stage("train the baseline"):
-        config = load_config("demo", ["perturbation=none", "model.ssd=none", *values])
-        baseline = start_run(output / BASELINE, config, training)
-        train_run(baseline, device)
-    with stage("train APD"):
-        config = load_config("demo", [f"mpg.trunk_weights={baseline.path.absolute()}", *values])
-        apd = start_run(output / APD, config, training)
-        train_run(apd, device)
+    runs = {}
+    for name, differing in TRAININGS.items():
+        with stage(f"train {name}"):
+            trunk = [f"mpg.trunk_weights={runs['baseline'].path.absolute()}"] if runs else []
+            config = load_config("demo", [*differing, *trunk, *values])
+            runs[name] = start_run(output / FOLDERS_OF[name], config, training)
+            train_run(runs[name], device)
+    apd = runs["APD"]
     with stage("test on every domain"):
         extractors = {
             "colours": _colours(False, apd.size, device),
             "normalized colours": _colours(True, apd.size, device),
-            "baseline": load_extractor(str(baseline.path), device),
-            "APD": load_extractor(str(apd.path), device),
+            **{name: load_extractor(str(run.path), device) for name, run in runs.items()},
         }
         tested = {
             name: _test(read_market(folder, ("query", "gallery")), extractors) for name, folder in folders.items()
@@ -123,7 +124,7 @@ def run_demo(
         folder = tested[unseen.name].folder
         _index(extractors["APD"], folder, output / GALLERY)
         lists = _search([sample.path for sample in folder.query], output / GALLERY, device)
-    demo = Demo(seed, device, training, unseen.name, baseline, apd, tested, lists, stage.seconds)
+    demo = Demo(seed, device, training, unseen.name, runs, tested, lists, stage.seconds)
     commands = _commands(output, demo)
     with stage("write the report"):
         write_demo_report(output / REPORT, demo, commands)
@@ -147,7 +148,7 @@ def prepare_folder(output: Path) -> None:
     if output.is_dir() and any(output.iterdir()):
         if not _is_demo(output):
             raise InputError(f"{output}: not empty, and not made by apd demo; choose another --output")
-        for name in (REPORT, DATA, BASELINE, APD, GALLERY):
+        for name in (REPORT, DATA, *FOLDERS_OF.values(), GALLERY):
             path = output / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -199,8 +200,8 @@ def _commands(output: Path, demo: Demo) -> list[str]:
     gallery, picture = output / GALLERY, output / "ranked.png"
     commands = (
         ("apd", "search", "--gallery", gallery, "--query", query, "--exclude-same-camera", "--picture", picture),
-        ("apd", "evaluate", "--checkpoint", output / APD, "--data", data),
-        ("apd", "config", "show", output / APD / CONFIG),
+        ("apd", "evaluate", "--checkpoint", output / FOLDERS_OF["APD"], "--data", data),
+        ("apd", "config", "show", output / FOLDERS_OF["APD"] / CONFIG),
         ("tensorboard", "--logdir", output),
     )
     return [shlex.join([_program(name), *map(str, arguments)]) for name, *arguments in commands]

@@ -16,6 +16,14 @@ from apd.retrieval.comparison import Chance, Difference, Retrieval, paired_diffe
 from apd.retrieval.ranked_lists import RankedLists
 from apd.run import Run
 
+# The networks, with what is said of each on top of the configuration. Noise: as strong as APD's images may be.
+TRAININGS = {
+    "baseline": ("perturbation=none", "model.ssd=none"),
+    "SP-Net": ("perturbation=none",),
+    "noise": ("perturbation=noise",),
+    "APD": (),
+}
+CONTROLS = ("baseline", "noise")  # of APD
 CAVEAT = "One seed and drawn people: this shows the mechanics, it is no evidence about the method."
 
 
@@ -25,14 +33,14 @@ class Tested:
 
     folder: ReidFolder
     chance: Chance
-    rankers: dict[str, Retrieval]  # "colours", "normalized colours", "baseline", "APD"
+    rankers: dict[str, Retrieval]  # "colours", "normalized colours", those of TRAININGS
 
     def size(self) -> str:
         return describe_size(self.folder)
 
-    def differences(self) -> dict[str, Difference]:
-        """Of APD and the baseline."""
-        ours, theirs = self.rankers["APD"], self.rankers["baseline"]
+    def differences(self, control: str = "baseline") -> dict[str, Difference]:
+        """Of APD and a control."""
+        ours, theirs = self.rankers["APD"], self.rankers[control]
         return {
             "rank-1": paired_difference(ours.right, theirs.right, ours.identities),
             "mAP": paired_difference(ours.ap, theirs.ap, ours.identities),
@@ -47,11 +55,14 @@ class Demo:
     device: str
     sources: Sequence[Path]  # data sets
     unseen: str
-    baseline: Run
-    apd: Run
+    runs: dict[str, Run]  # of TRAININGS
     tested: dict[str, Tested]  # by domain
     lists: RankedLists  # APD's, of the unseen domain
     seconds: dict[str, float]  # by stage
+
+    @property
+    def apd(self) -> Run:
+        return self.runs["APD"]
 
     def on_unseen(self) -> Tested:
         return self.tested[self.unseen]
@@ -70,10 +81,16 @@ def headline(demo: Demo) -> str:
 
 def verdicts(demo: Demo) -> list[str]:
     """What the numbers say of APD and the baseline, and what they do not."""
-    differences = demo.on_unseen().differences()
-    identities = count(differences["rank-1"].identities, "identity", "identities")
+    tested = demo.on_unseen()
+    identities = count(tested.differences()["rank-1"].identities, "identity", "identities")
+    collapsed = {name: run.info().get("collapsed") for name, run in demo.runs.items()}
     return [
-        *(report.verdict(name, "APD", "baseline", difference) for name, difference in differences.items()),
+        *(f"{name} collapsed at step {found['step']}." for name, found in collapsed.items() if found),
+        *(
+            report.verdict(name, "APD", control, difference)
+            for control in CONTROLS
+            for name, difference in tested.differences(control).items()
+        ),
         f"±: one standard error; of a rank-1 √(p (1 − p) / n), of a difference that of its mean over {identities}, "
         "paired by query. How much another seed of the training would change is not in it.",
     ]
@@ -82,7 +99,8 @@ def verdicts(demo: Demo) -> list[str]:
 def result_table(demo: Demo) -> report.Table:
     """The unseen domain."""
     tested = demo.on_unseen()
-    return report.results_table(tested.chance, tested.rankers, tested.differences())
+    differences = {f"APD − {control}": list(tested.differences(control).values()) for control in CONTROLS}
+    return report.results_table(tested.chance, tested.rankers, differences)
 
 
 def domains_table(demo: Demo) -> report.Table:
@@ -106,7 +124,6 @@ def write_demo_report(path: Path, demo: Demo, commands: Sequence[str]) -> None:
         demo: what was made and found.
         commands: with which to go on.
     """
-    runs = {"baseline": demo.baseline, "APD": demo.apd}
     unseen = demo.on_unseen()
     sources = ", ".join(folder.name for folder in demo.sources)
     train = demo.apd.config.train
@@ -132,8 +149,8 @@ def write_demo_report(path: Path, demo: Demo, commands: Sequence[str]) -> None:
         lists_section("Ranked lists", f"APD on {demo.unseen}", unseen.rankers["APD"], demo.lists, unseen.folder.path),
         synthesized_section(demo.apd, "APD", demo.sources, demo.device),
         training_section(
-            runs,
-            f"Stage 2 takes {train.steps or 0:,} steps of {train.batch_size} images in both; in a step of APD each "
+            demo.runs,
+            f"Stage 2 takes {train.steps or 0:,} steps of {train.batch_size} images in all; in a step of SP-Net each "
             "image passes through the transformer three times (K, K*, NK).",
         ),
         report.Section("Time", [], [times_table(demo)]),
@@ -142,7 +159,7 @@ def write_demo_report(path: Path, demo: Demo, commands: Sequence[str]) -> None:
             ["In the folder where the demonstration was called:"],
             [report.Commands(commands)],
         ),
-        report.configuration_section({name: run.config for name, run in runs.items()}),
+        report.configuration_section({name: run.config for name, run in demo.runs.items()}),
         report.environment_section(describe_environment()),
     ]
     summary = [headline(demo), f"Trained on {sources}; seed {demo.seed}. {CAVEAT}"]
@@ -160,9 +177,12 @@ def figures(demo: Demo) -> dict[str, Any]:
                 name: {"rank1": ranked.rank1, "rank1_error": ranked.rank1_error, "mAP": ranked.mAP}
                 for name, ranked in tested.rankers.items()
             },
-            "APD − baseline": {
-                name: {"mean": difference.mean, "error": difference.error, "resolved": difference.resolved}
-                for name, difference in tested.differences().items()
+            **{
+                f"APD − {control}": {
+                    name: {"mean": difference.mean, "error": difference.error, "resolved": difference.resolved}
+                    for name, difference in tested.differences(control).items()
+                }
+                for control in CONTROLS
             },
         }
 

@@ -170,21 +170,24 @@ def verdict(name: str, ours: str, theirs: str, difference: Difference) -> str:
     return f"{ours} − {theirs}, {name}: {_signed(difference)} points; {judged}."
 
 
-def results_table(chance: Chance, retrievals: Mapping[str, Retrieval], differences: Mapping[str, Difference]) -> Table:
+def results_table(
+    chance: Chance, retrievals: Mapping[str, Retrieval], differences: Mapping[str, Sequence[Difference]]
+) -> Table:
     """The figures of one domain.
 
     Args:
         chance: of a random ranking.
         retrievals: what was measured, by the name of the ranker; the last stands out.
-        differences: of rank-1 and of mAP, in this order, by their name.
+        differences: of rank-1 and of mAP, in this order, by the names of the two.
     """
     rows: list[Sequence[str]] = [("random ranking, expected", points(chance.rank1), points(chance.mAP))]
     rows += [
         (name, f"{points(found.rank1)} ± {points(found.rank1_error)}", points(found.mAP))
         for name, found in retrievals.items()
     ]
-    rows.append((" − ".join(list(retrievals)[:-3:-1]), *map(_signed, differences.values())))
-    return Table(("", "rank-1, %", "mAP, %"), rows, strong=len(rows) - 2)
+    strong = len(rows) - 1
+    rows += [(name, *map(_signed, of_figures)) for name, of_figures in differences.items()]
+    return Table(("", "rank-1, %", "mAP, %"), rows, strong=strong)
 
 
 def domains_table(domains: Mapping[str, tuple[Chance, Mapping[str, Retrieval]]]) -> Table:

@@ -21,7 +21,17 @@ from apd.run import METRICS
 COLUMNS = (
     *("stage", "step", "epoch", "seconds", "lr"),
     *("loss_g", "loss_d", "loss_mp", "loss_c", "loss_s", "flipped", "content"),
-    *("loss", "loss_k", "loss_nk", "loss_kp", "loss_latent", "accuracy", "validation_map", "validation_rank1"),
+    *(
+        "loss",
+        "loss_k",
+        "loss_nk",
+        "loss_kp",
+        "loss_latent",
+        "accuracy",
+        "spread",
+        "validation_map",
+        "validation_rank1",
+    ),
 )
 _FLUSH_SECONDS = 10.0  # between two writings of metrics.csv
 _QUIET_SECONDS = 60.0  # between two printed lines where the output is no terminal

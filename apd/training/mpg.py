@@ -11,21 +11,23 @@ import torch
 from torch import Tensor
 
 from apd.config.values import Config, MPGConfig
+from apd.console import console
 from apd.data.augmentation import as_floats
 from apd.data.images import ImageStore
 from apd.data.loading import images_in_order, training_batches
 from apd.errors import InputError
 from apd.models.mpgnet import Discriminator, Generator, discriminator_loss, generator_losses
 from apd.models.trunk import Trunk, build_trunk
-from apd.run import GENERATOR, save_tensors
+from apd.run import GENERATOR, save_tensors, update_info
 from apd.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
 from apd.training.engine import CheckpointClock, LossGuard, seed_step
 from apd.training.log import StageLog
-from apd.training.monitors import REFERENCE_PAIRS, camera_distance, flipped_share, sample_grid, sample_images
+from apd.training.monitors import flipped_share, sample_grid, sample_images
 from apd.training.sources import Sources
 
 STAGE = "mpg"
 _STREAM = 1
+_LINES = 3  # of the log, over which the share of flipped images is averaged
 
 
 class NegativeSampler:
@@ -108,7 +110,7 @@ def deep_features(trunk: Trunk, store: ImageStore, batch_size: int, workers: int
     return torch.cat([trunk(images.to(device)).deep for images in images_in_order(store, batch_size, workers)])
 
 
-def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device: str) -> float:
+def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device: str, apart: float | None) -> float:
     """Train, or go on training, and write the generator to the run.
 
     Args:
@@ -117,6 +119,7 @@ def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device:
         trunk: ψ and φ.
         config: of the run.
         device: ``"cpu"`` or ``"cuda"``.
+        apart: how far φ of one person in two cameras is apart, of `camera_distance`.
 
     Returns:
         the seconds it took, those before a restart included.
@@ -140,9 +143,10 @@ def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device:
         for name, network in networks.items()
     }
     start, logged = 0, None
+    latest: list[float] = []  # flipped shares of the last lines
     checkpoint = load_checkpoint(run, STAGE)
     if checkpoint is not None:
-        start, logged = checkpoint["step"], checkpoint["log"]
+        start, logged, latest = checkpoint["step"], checkpoint["log"], checkpoint["flipped"]
         for name, network in networks.items():
             network.load_state_dict(checkpoint[name])
             optimizers[name].load_state_dict(checkpoint[f"{name}_optimizer"])
@@ -150,16 +154,6 @@ def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device:
     trunk = trunk.to(on)
     bank = deep_features(trunk, store, options.batch_size, config.data.workers, on)
     labels = torch.from_numpy(sources.labels).to(on)
-    apart = camera_distance(
-        trunk,
-        store,
-        sources.labels,
-        sources.cameras,
-        most=REFERENCE_PAIRS,
-        batch_size=options.batch_size,
-        seed=config.seed,
-        device=on,
-    )
     samples = sample_images(store).to(on)
     batches = training_batches(
         store,
@@ -177,7 +171,7 @@ def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device:
             state = {name: network.state_dict() for name, network in networks.items()}
             state |= {f"{name}_optimizer": optimizer.state_dict() for name, optimizer in optimizers.items()}
             log.flush()
-            save_checkpoint(run, STAGE, step, {**state, "log": log.state()})
+            save_checkpoint(run, STAGE, step, {**state, "log": log.state(), "flipped": latest})
 
         guard = LossGuard(STAGE, sources.paths, list(networks.values()))
         clock = CheckpointClock(config.checkpoint_minutes, save)
@@ -221,10 +215,16 @@ def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device:
             if log.due(step):
                 guard.settle()
                 facts["flipped"] = float(flipped_share(deep.detach(), indices[: options.batch_size], bank, labels))
+                latest = [*latest, facts["flipped"]][-_LINES:]
             log.step(step, values, **facts)
             if step % options.sample_steps == 0 or step == options.steps:
                 log.picture(step, "originals above what G makes of them", sample_grid(generator, samples))
             clock.tick(step)
+            flipped = sum(latest) / _LINES
+            if options.stop_flipped is not None and flipped >= options.stop_flipped:
+                update_info(run, mpg_stopped={"step": step, "flipped": flipped})
+                console.print(f"MPG-Net: stopped at step {step}: {flipped:.0%} of G(x) are nearest to another identity")
+                break
         guard.settle()
     save_tensors(run / GENERATOR, generator)
     remove_checkpoints(run, STAGE)

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from apd.config.values import Config, TrainConfig
+from apd.console import console
 from apd.data.augmentation import Augmentation, training_transform
 from apd.data.images import ImageStore
 from apd.data.loading import Batch, device_batches, fits_on, training_batches
 from apd.data.market import Sample
-from apd.data.sampler import BatchOrder, DomainSampler, PKSampler
+from apd.data.sampler import BatchOrder, DomainSampler, PKSampler, WithCounterparts
 from apd.models.spnet import build_spnet, parameter_groups
-from apd.run import WEIGHTS, save_tensors
+from apd.run import WEIGHTS, read_info, save_tensors, update_info
 from apd.training.checkpoint import load_checkpoint, save_checkpoint
 from apd.training.distributed import Unlogged, own_rows
 from apd.training.engine import CheckpointClock, LossGuard, make_accelerator
@@ -28,6 +29,8 @@ from apd.training.validation import Validation
 
 STAGE = "sp"
 _MOMENTUM = 0.9
+_COLLAPSED = 0.1  # of the first spread
+_LN2 = math.log(2)  # the soft margin of a triplet whose two distances are equal
 
 
 def total_steps(config: TrainConfig, images: int) -> int:
@@ -62,10 +65,16 @@ def check_sp(sources: Sources, config: Config) -> None:
 
 
 def _sampler(sources: Sources, config: Config) -> BatchOrder:
-    size = (config.train.batch_size, config.train.instances)
+    """Originals are drawn as in a training without synthesized images, which come behind them in `sources`."""
+    size, originals = (config.train.batch_size, config.train.instances), sources.originals
+    labels, domains = sources.labels[:originals], sources.domains[:originals]
+    order: BatchOrder = PKSampler(labels, *size, seed=config.seed)
     if config.train.sampler == "domain":
-        return DomainSampler(sources.labels, sources.domains, *size, seed=config.seed)
-    return PKSampler(sources.labels, *size, seed=config.seed)
+        order = DomainSampler(labels, domains, *size, seed=config.seed)
+    if len(sources) == originals:
+        return order
+    first = round(config.data.synthesized_from * total_steps(config.train, originals))
+    return WithCounterparts(order, originals, first, config.data.synthesized_probability, seed=config.seed)
 
 
 def _batches(
@@ -109,9 +118,11 @@ def train_sp(run: Path, sources: Sources, validation: list[list[Sample]], config
     torch.manual_seed(config.seed)
     model = build_spnet(config.model, size, sources.identities, load=checkpoint is None).to(accelerator.device)
     start, logged, best = 0, None, -1.0
+    spread: float | None = None  # of f, at the first line
     optimizer = accelerator.prepare(make_optimizer(model, options))
     if checkpoint is not None:
         start, logged, best = checkpoint["step"], checkpoint["log"], checkpoint["best"]
+        spread = checkpoint.get("spread")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         if accelerator.scaler is not None:
@@ -124,6 +135,7 @@ def train_sp(run: Path, sources: Sources, validation: list[list[Sample]], config
     chosen = Validation(run, validation, size, every=every, workers=config.data.workers, best=best)
     labels = torch.from_numpy(sources.labels)
     batches = _batches(sources, config, model.mean_colour, accelerator.device, own, start, steps)
+    collapsed = bool(read_info(run).get("collapsed"))
     work, guard = TrainingStep(model, config, accelerator), LossGuard(STAGE, sources.paths, [model])
     title = "baseline" if config.model.ssd == "none" else "SP-Net"
     writes = accelerator.is_main_process
@@ -138,7 +150,7 @@ def train_sp(run: Path, sources: Sources, validation: list[list[Sample]], config
                 "optimizer": optimizer.state_dict(),
                 "scaler": {} if accelerator.scaler is None else accelerator.scaler.state_dict(),
             }
-            save_checkpoint(run, STAGE, step, {**state, "log": log.state(), "best": chosen.best})
+            save_checkpoint(run, STAGE, step, {**state, "log": log.state(), "best": chosen.best, "spread": spread})
 
         clock = CheckpointClock(config.checkpoint_minutes, save)
         model.train()
@@ -157,14 +169,34 @@ def train_sp(run: Path, sources: Sources, validation: list[list[Sample]], config
             if log.due(step) or chosen.due(step, steps):
                 guard.settle()
             log.step(step, losses, epoch=step / epoch, lr=optimizer.param_groups[0]["lr"])
+            if log.due(step):
+                now = float(losses["spread"])
+                spread = now if spread is None else spread
+                if now < _COLLAPSED * spread and not collapsed:
+                    collapsed = True
+                    if writes:
+                        _report_collapse(run, step, now, spread, float(losses["loss_k"]))
             if writes:
                 if chosen.due(step, steps):
                     with accelerator.autocast():
                         chosen.validate(model, step, log)
                 clock.tick(step)
+            if collapsed and options.on_collapse == "stop":
+                break
         guard.settle()
         if writes and start < steps:
             clock.save(steps)
     if writes and chosen.best < 0:  # nothing was held out, or there was no step after which to validate
         save_tensors(run / WEIGHTS, model)
     return log.seconds
+
+
+def _report_collapse(run: Path, step: int, spread: float, start: float, loss: float) -> None:
+    update_info(run, collapsed={"step": step, "spread": spread, "start": start})
+    stuck = f"; L_K is {loss:.3f}, of which equal distances alone are ln 2 = {_LN2:.3f}" if loss > _LN2 else ""
+    console.print(
+        f"warning: collapsed at step {step}: the spread of f is {spread:.3g}, {start:.3g} at the first line: the "
+        f"network describes everybody alike{stuck}",
+        style="yellow",
+        soft_wrap=True,
+    )

@@ -116,6 +116,8 @@ def training_losses(model: SPNet, branches: Branches, labels: Tensor, config: Co
     if config.perturbation in ("latent", "both"):
         losses["loss_latent"] = latent_loss(branches.relevant.features, labels, model.heads, config.loss, config.latent)
         losses["loss"] = losses["loss"] + config.latent.weight * losses["loss_latent"]
+    # How far apart descriptions are; 0 when everybody looks alike.
+    losses["spread"] = branches.relevant.features.detach().float().std(0).norm()
     losses["accuracy"] = (branches.relevant.logits.detach().argmax(1) == labels).float().mean()
     return losses
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from apd.console import progress
 from apd.data.images import ImageStore
@@ -18,10 +19,59 @@ from apd.data.loading import images_in_order
 from apd.data.market import FOLDERS, Sample, label_of
 from apd.errors import InputError
 from apd.files import write_bytes, write_text
+from apd.models.trunk import Trunk
 
 _QUALITY = 95  # of the JPEG files, as close to the generator's output as 8 bits in a third of PNG's size
 _BATCH = 32
+_HALVINGS = 6
 _SIGNATURE = "generator.sha256"
+
+
+class HardImages(nn.Module):
+    """What is made of images, held back where it changes their content too much.
+
+    The change of φ is taken for each image alone, as the mean over its elements. Where it is above the limit the image
+    is blended with its original: the largest of 64 shares that is found inside by bisection.
+
+    Args:
+        change: images (B, 3, H, W) in [0, 1] to such.
+        trunk: with φ.
+        limit: the largest change of φ; None: none is held back.
+    """
+
+    def __init__(self, change: Callable[[Tensor], Tensor], trunk: Trunk | None, limit: float | None) -> None:
+        super().__init__()
+        self.change, self.trunk, self.limit = change, trunk, limit
+
+    def forward(self, images: Tensor) -> Tensor:
+        made = self.change(images)
+        if self.limit is None or self.trunk is None:
+            return made
+        trunk, original = self.trunk, self.trunk(images).shallow
+
+        def inside(share: Tensor) -> Tensor:
+            shallow = trunk(torch.lerp(images, made, share)).shallow
+            return (shallow - original).abs().flatten(1).mean(1)[:, None, None, None] <= self.limit
+
+        low = torch.zeros(len(images), 1, 1, 1, device=images.device)
+        high = torch.ones_like(low)
+        low = torch.where(inside(high), high, low)
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            fits = inside(middle)
+            low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
+        return torch.lerp(images, made, low)
+
+
+def noisy(images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] with normal noise of deviation 1/2, which its pixels alone decide."""
+    noise = torch.stack([_noise(image) for image in (images * 255).round().to("cpu", torch.uint8)])
+    return (images + noise.to(images.device) / 2).clamp(0, 1)
+
+
+def _noise(image: Tensor) -> Tensor:
+    seed = zlib.crc32(image.numpy().tobytes())
+    return torch.randn(image.shape, generator=torch.Generator().manual_seed(seed))
 
 
 def synthesized_folders(folder: Path, sources: Sequence[Path]) -> list[Path]:
@@ -44,7 +94,7 @@ def synthesized_path(folder: Path, part: str, sample: Sample) -> Path:
 
 @torch.no_grad()
 def synthesize(
-    generator: nn.Module,
+    generator: HardImages,
     samples: Sequence[Sample],
     part: str,
     folder: Path,
@@ -56,7 +106,7 @@ def synthesize(
     """Write G(x) of every image; those that this generator wrote before are kept, so that an interrupted run goes on.
 
     Args:
-        generator: images in [0, 1] to such, in evaluation mode.
+        generator: what makes an image of an image.
         samples: the images x.
         part: ``"train"``, ``"query"`` or ``"gallery"``: the folder of the layout.
         folder: of the new data set.
@@ -91,11 +141,14 @@ def synthesize(
     return paths
 
 
-def _sign(folder: Path, generator: nn.Module) -> None:
+def _sign(folder: Path, generator: HardImages) -> None:
     """Write down which generator the images of a folder are of; another one may not add to them."""
     digest = hashlib.sha256()
-    for tensor in generator.state_dict().values():
-        digest.update(tensor.contiguous().cpu().numpy())
+    for name, tensor in generator.state_dict().items():
+        if not name.startswith("trunk."):
+            digest.update(tensor.contiguous().cpu().numpy())
+    if generator.limit is not None:
+        digest.update(f"{getattr(generator.change, '__name__', '')} {generator.limit!r}".encode())
     path, content = folder / _SIGNATURE, digest.hexdigest() + "\n"
     if path.is_file() and path.read_text(encoding="utf-8") != content:
         raise InputError(f"{folder}: has images of another generator; choose another folder, or remove this one")

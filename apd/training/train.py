@@ -21,6 +21,7 @@ from apd.config.files import save_config
 from apd.config.values import PRETRAINED, Config
 from apd.console import console, count
 from apd.data.datasets import DataSpec, domains, read_source
+from apd.data.images import ImageStore
 from apd.data.market import ReidFolder, Sample, count_samples
 from apd.errors import DataWarning, InputError
 from apd.models.spnet import build_spnet
@@ -28,15 +29,17 @@ from apd.models.trunk import BaselineTrunk, Trunk, build_trunk, resolve_trunk
 from apd.run import CONFIG, GENERATOR, INFO, WEIGHTS, Run, update_info
 from apd.training.distributed import join, on_first, own_rows
 from apd.training.engine import check_precision
+from apd.training.monitors import REFERENCE_PAIRS, camera_distance
 from apd.training.mpg import check_mpg, train_mpg
 from apd.training.sources import Sources, gather_sources
 from apd.training.sp import check_sp, train_sp
-from apd.training.synthesis import synthesize, synthesized_folders
+from apd.training.synthesis import HardImages, noisy, synthesize, synthesized_folders
 from apd.training.threads import available_threads, training_threads, useful_threads
 from apd.training.validation import evaluate_samples
 
 BASELINE = "baseline"  # folder of the trunk's run
 SYNTHESIZED = "synthesized"
+CAMERA_DISTANCE = "camera_distance"  # in run.json: of φ, between two images of a person from different cameras
 
 
 def start_run(path: Path, config: Config, data: Sequence[Path | str | DataSpec], *, threads: int | None = None) -> Run:
@@ -63,7 +66,7 @@ def start_run(path: Path, config: Config, data: Sequence[Path | str | DataSpec],
         warnings.simplefilter("ignore", DataWarning)  # they are given when the training begins
         folders = [read_source(spec) for spec in specs]
     sources, _ = _gathered(folders, config)
-    if config.perturbation in ("generator", "both"):
+    if config.uses_generator:
         check_mpg(sources, config)
     check_sp(sources, config)
     config = _with_absolute_paths(config)
@@ -109,10 +112,10 @@ def _train(run: Run, device: str) -> None:
     config, path = run.config, run.path
     folders = on_first(lambda: _read_sources(run))
     sources, validation = _gathered(folders, config)
-    if config.perturbation in ("generator", "both"):
-        if not on_first((path / GENERATOR).is_file):
+    if config.synthesizes:
+        if not on_first(lambda: _has_stage_1(run)):
             _train_trunk(run, device)
-            on_first(lambda: _train_generator(run, sources, device))
+            on_first(lambda: _stage_1(run, sources, device))
         sources = on_first(lambda: _synthesized(run, folders, sources, device))
     if config.train.validation_identities or not on_first((path / WEIGHTS).is_file):
         seconds = train_sp(path, sources, validation, config, device)
@@ -142,11 +145,47 @@ def _listing(folders: Sequence[ReidFolder]) -> str:
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
-def _train_generator(run: Run, sources: Sources, device: str) -> None:
-    trunk = make_trunk(run, device)
-    console.print(f"MPG-Net: ψ and φ of {trunk.name}", soft_wrap=True)
-    update_info(run.path, trunk=trunk.name)
-    _took(run.path, "mpg", train_mpg(run.path, sources, trunk, run.config, device))
+def _has_stage_1(run: Run) -> bool:
+    """Also of an older version, which wrote its images without measuring their content."""
+    measured = CAMERA_DISTANCE in run.info() or (run.path / SYNTHESIZED).is_dir()
+    return measured and (not run.config.uses_generator or (run.path / GENERATOR).is_file())
+
+
+def _stage_1(run: Run, sources: Sources, device: str) -> None:
+    """Measure what the bound of the content is a share of, and train the generator where there is one."""
+    config, trunk = run.config, make_trunk(run, device)
+    console.print(f"{'MPG-Net' if config.uses_generator else 'noise'}: ψ and φ of {trunk.name}", soft_wrap=True)
+    apart = camera_distance(
+        trunk.to(device),
+        ImageStore(sources.paths, run.size, cache=False),
+        sources.labels,
+        sources.cameras,
+        most=REFERENCE_PAIRS,
+        batch_size=config.mpg.batch_size,
+        seed=config.seed,
+        device=torch.device(device),
+    )
+    if apart is None and config.mpg.content_bound is not None:
+        raise InputError(
+            "mpg.content_bound: expected people seen by two cameras, whose images it compares with, got none; "
+            "mpg.content_bound=none leaves G(x) as it is"
+        )
+    if config.uses_generator and not (run.path / GENERATOR).is_file():  # an ablation gives rows a common one
+        _took(run.path, "mpg", train_mpg(run.path, sources, trunk, config, device, apart))
+    update_info(run.path, **{"trunk": trunk.name, CAMERA_DISTANCE: apart})
+
+
+def hard_images(run: Run, device: str) -> HardImages:
+    """What a run makes of images.
+
+    Raises:
+        InputError: it has no finished stage 1.
+    """
+    change = run.load_generator(device) if run.config.uses_generator else noisy
+    bound, apart = run.config.mpg.content_bound, run.info().get(CAMERA_DISTANCE)
+    if bound is None or apart is None:  # runs of older versions did not measure it
+        return HardImages(change, None, None)
+    return HardImages(change, make_trunk(run, device).to(device), bound * apart)
 
 
 def _trunk_choice(run: Run) -> str:
@@ -212,7 +251,7 @@ def _synthesized(run: Run, folders: Sequence[ReidFolder], sources: Sources, devi
     config, start = run.config, time.perf_counter()
     if config.data.train_on == "original":
         return sources
-    generator = run.load_generator(device)
+    generator = hard_images(run, device)
     new: dict[Path, Path] = {}
     targets = synthesized_folders(run.path / SYNTHESIZED, [folder.path for folder in folders])
     for folder, target in zip(folders, targets, strict=True):

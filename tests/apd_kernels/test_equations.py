@@ -24,6 +24,7 @@ from apd.models.trunk import Trunk, TrunkFeatures
 from apd.training import mpg
 from apd.training.log import read_metrics
 from apd.training.losses import latent_loss, randomly_moved, spnet_losses
+from apd.training.monitors import camera_distance
 from apd.training.sources import Sources
 from apd_kernels import identity_derangement, metric_perturb
 
@@ -223,14 +224,14 @@ def test_stage_1(tmp_path: Path, sources: Sources, monkeypatch: pytest.MonkeyPat
     config = Config(mpg=options, log_steps=2, data=type(default.data)(height=32, width=16, workers=0, cache=True))
     trunk = SmallTrunk()
     before = {name: tensor.clone() for name, tensor in trunk.state_dict().items()}
-    mpg.train_mpg(tmp_path / "run", sources, trunk, config, "cpu")
+    apart = camera_distance(
+        trunk, store, sources.labels, sources.cameras, batch_size=4, seed=config.seed, device=torch.device("cpu")
+    )
+    mpg.train_mpg(tmp_path / "run", sources, trunk, config, "cpu", apart)
     assert len(seen) == 4
     assert all(torch.equal(before[name], tensor) for name, tensor in trunk.state_dict().items())
     assert all(parameter.grad is None for parameter in trunk.parameters())
 
-    apart = mpg.camera_distance(
-        trunk, store, sources.labels, sources.cameras, batch_size=4, seed=config.seed, device=torch.device("cpu")
-    )
     assert apart is not None
     lines = read_metrics(tmp_path / "run" / "metrics.csv")
     for line, (one, other) in zip(lines, (seen[:2], seen[2:]), strict=True):

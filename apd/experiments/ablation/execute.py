@@ -299,7 +299,7 @@ def _check_generator(job: Job, jobs: Mapping[str, Job]) -> None:
     if job.row.generator is None:
         return
     source = jobs[f"{job.row.generator}/{job.seed}"]
-    if source.config.perturbation not in ("generator", "both"):
+    if not source.config.uses_generator:
         raise InputError(f"rows.{job.row.name}.generator: {source.row.name} has no stage 1")
     for key in (*_STAGE1, *(key for key in SETTINGS if key.startswith("mpg."))):
         ours, theirs = value_of(job.config, key), value_of(source.config, key)

@@ -18,7 +18,7 @@ from apd.config.files import load_config, save_config, shipped_configs
 from apd.config.values import OURS, PAPER, SETTINGS, TRANSREID, Config, advice, check, value_of
 from apd.errors import InputError
 
-SHIPPED = ("cpu", "demo", "market", "small")
+SHIPPED = ("cpu", "demo", "market", "paper", "small")
 
 
 def _written(path: Path, text: str) -> Path:
@@ -335,10 +335,12 @@ def test_wrong_files(text: str, message: str, tmp_path: Path) -> None:
 def test_files_that_are_none(tmp_path: Path) -> None:
     assert _error(tmp_path) == f"{tmp_path}: expected a file, found a folder"
     assert _error("cqu") == (
-        "cqu: no such file, and the configurations shipped are cpu, demo, market, small; did you mean cpu?"
+        "cqu: no such file, and the configurations shipped are cpu, demo, market, paper, small; did you mean cpu?"
     )
     absent = tmp_path / "absent.yaml"
-    assert _error(absent) == f"{absent}: no such file, and the configurations shipped are cpu, demo, market, small"
+    assert (
+        _error(absent) == f"{absent}: no such file, and the configurations shipped are cpu, demo, market, paper, small"
+    )
     (tmp_path / "latin1.yaml").write_bytes(b"model: {backbone: \xe9}")
     assert _error(tmp_path / "latin1.yaml").startswith(f"{tmp_path / 'latin1.yaml'}: not YAML: ")
 

@@ -22,9 +22,9 @@ from html_page import Page
 from apd.console import console
 from apd.data.market import read_market
 from apd.demo import demonstration as module
-from apd.demo.demonstration import prepare_folder, run_demo
+from apd.demo.demonstration import FOLDERS_OF, prepare_folder, run_demo
 from apd.demo.pedestrians import SOURCES, UNSEEN
-from apd.demo.report import Demo, figures, headline, verdicts
+from apd.demo.report import TRAININGS, Demo, figures, headline, verdicts
 from apd.errors import InputError
 from apd.reports.page import Synthesized
 from apd.reports.sections import Flips, measure_flips
@@ -67,7 +67,7 @@ def test_the_two_trainings_are_comparable(made: SimpleNamespace) -> None:
 
 
 def test_nothing_of_the_unseen_domain_is_trained_on(made: SimpleNamespace) -> None:
-    for name in ("baseline", "apd"):
+    for name in FOLDERS_OF.values():
         trained = [Path(folder).name for folder in Run(made.output / name).info()["data"]]
         assert trained == [domain.name for domain in SOURCES[:2]]
     assert not (made.output / "data" / UNSEEN.name / "bounding_box_train").exists()
@@ -80,7 +80,7 @@ def test_figures(made: SimpleNamespace) -> None:
     tested = demo.on_unseen()
     assert tested.size() == "8 queries of 4 identities, 8 gallery images, 2 cameras"
     assert tested.chance.rank1 == pytest.approx(1 / 7)  # of 8 images one is right and one of the query's own camera
-    assert list(tested.rankers) == ["colours", "normalized colours", "baseline", "APD"]
+    assert list(tested.rankers) == ["colours", "normalized colours", "baseline", "SP-Net", "noise", "APD"]
     searched = demo.lists.found.ids[:, 0].numpy() == demo.lists.query.identities()
     assert searched.tolist() == tested.rankers["APD"].right.tolist()
     written = json.loads((made.output / "demo.json").read_text())
@@ -89,7 +89,7 @@ def test_figures(made: SimpleNamespace) -> None:
     assert written["domains"]["station"]["APD − baseline"]["mAP"]["mean"] == pytest.approx(
         tested.rankers["APD"].mAP - tested.rankers["baseline"].mAP
     )
-    for name in ("baseline", "APD"):  # the training evaluates the sources itself
+    for name in TRAININGS:  # the training evaluates the sources itself
         own = Run(made.output / name.lower()).info()["own_test"]
         for folder, found in own.items():
             here = demo.tested[Path(folder).name].rankers[name]
@@ -98,7 +98,7 @@ def test_figures(made: SimpleNamespace) -> None:
 
 
 def test_stages_are_timed(made: SimpleNamespace) -> None:
-    names = ["draw the domains", "train the baseline", "train APD", "test on every domain"]
+    names = ["draw the domains", *(f"train {name}" for name in TRAININGS), "test on every domain"]
     names += ["index and search the unseen domain", "write the report"]
     assert list(made.demo.seconds) == names
     for name in names:
@@ -172,7 +172,9 @@ def test_verdicts_follow_the_numbers(made: SimpleNamespace) -> None:
         def ranked(right: list[bool]) -> Retrieval:
             return Retrieval(np.arange(len(right)), np.array(right), 0.5 * np.array(right), np.arange(len(right)))
 
-        tested = replace(made.demo.on_unseen(), rankers={"baseline": ranked(baseline), "APD": ranked(apd)})
+        tested = replace(
+            made.demo.on_unseen(), rankers={"baseline": ranked(baseline), "noise": ranked(apd), "APD": ranked(apd)}
+        )
         return verdicts(replace(made.demo, tested={"station": tested}))[0]
 
     assert "baseline is ahead" in of([False] * 20, [True] * 15 + [False] * 5)

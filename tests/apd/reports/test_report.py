@@ -70,7 +70,7 @@ def test_results_table() -> None:
         "baseline": retrieval([True, False, False, False], [1.0, 0.5, 0.25, 0.25]),
         "APD": retrieval([True, True, False, False], [1.0, 1.0, 0.5, 0.5]),
     }
-    differences = {"rank-1": Difference(0.25, 0.25, 4, 4), "mAP": Difference(-0.012, 0.004, 4, 4)}
+    differences = {"APD − baseline": [Difference(0.25, 0.25, 4, 4), Difference(-0.012, 0.004, 4, 4)]}
     table = results_table(Chance(0.0123, 0.0456), found, differences)
     assert table.rows == [
         ("random ranking, expected", "1.2", "4.6"),

@@ -29,7 +29,7 @@ from apd.config.values import Config, TrainConfig
 from apd.data.market import Sample
 from apd.data.sampler import PKSampler
 from apd.errors import DataWarning, InputError
-from apd.run import Run
+from apd.run import Run, update_info
 from apd.training.checkpoint import load_checkpoint, save_checkpoint
 from apd.training.engine import LossGuard
 from apd.training.log import read_metrics
@@ -274,6 +274,7 @@ def test_images_of_stage_2(
     monkeypatch.setattr(module, "_report", lambda *rest: None)
     made = start_run(tmp_path / "run", load_config(None, [*TINY, f"data.train_on={train_on}"]), [data])
     shutil.copy(whole.path / "generator.safetensors", made.path)
+    update_info(made.path, camera_distance=None)  # as an older version left it: nothing is held back
     train_run(made, "cpu")
     assert len(seen[0].paths) == 32
     assert all((made.path in path.parents) == (train_on == "synthesized") for path in seen[0].paths)
