@@ -34,7 +34,7 @@ from apd.retrieval.comparison import ColourHistogram, chance, retrieve
 from apd.retrieval.extraction import Extractor, extract_folder, load_extractor
 from apd.retrieval.ranked_lists import RankedLists
 from apd.retrieval.search import describe_queries, extractor_of, index_features, note_run, search_features
-from apd.run import CONFIG
+from apd.run import CONFIG, Run
 from apd.training.train import start_run, train_run
 from apd_kernels import Gallery
 
@@ -71,7 +71,7 @@ def run_demo(
     frames: int = 4,
     overrides: Sequence[str] = (),
 ) -> Demo:
-    """Draw domains, train the baseline, SP-Net, its control and APD on the sources, test all on every domain, search, and write a report.
+    """Draw domains, train every network of TRAININGS on the sources, test all on every domain, search, and report.
 
     Args:
         output: folder to make; an earlier demonstration in it is replaced.
@@ -103,7 +103,7 @@ def run_demo(
                 test_identities=test_identities,
                 frames=frames,
             )
-    runs = {}
+    runs: dict[str, Run] = {}
     for name, differing in TRAININGS.items():
         with stage(f"train {name}"):
             trunk = [f"mpg.trunk_weights={runs['baseline'].path.absolute()}"] if runs else []

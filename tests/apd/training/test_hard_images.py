@@ -44,7 +44,8 @@ def test_no_image_changes_more_than_the_limit(limit: float) -> None:
     free, held = change_of(Darker()(images())), change_of(HardImages(Darker(), Pixels(), limit)(images()))
     assert (held <= limit).all()
     assert torch.equal(held[free <= limit], free[free <= limit])  # these are left as they are
-    assert (held[free > limit] > 0.96 * limit - 1e-6).all()  # and these reach as far as they may
+    far = free > limit
+    assert (held[far] > limit - free[far] / 64 - 1e-6).all()  # and these reach as far as they may, in 64 steps
 
 
 def test_without_a_limit_nothing_is_held_back() -> None:
