@@ -6,9 +6,12 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from apd.errors import InputError
+from apd_kernels.gallery.atomic_folder import FolderBusy, exclusive
 
 
 @contextmanager
@@ -26,6 +29,28 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold a folder against other processes: a gallery's, a run's, an ablation's. It is made, and removed if it stays
+    empty.
+
+    Raises:
+        InputError: another process holds it; nothing has been done yet.
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive(folder, wait=False))
+        except FolderBusy as error:
+            raise InputError(str(error)) from None
+        try:
+            yield
+        finally:
+            if made and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def write_bytes(path: Path, content: bytes) -> None:

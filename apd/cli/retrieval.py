@@ -87,31 +87,33 @@ def index(
     from apd import console as terminal
     from apd.cli import display
     from apd.data.datasets import read_dataset
+    from apd.files import only_writer
     from apd.retrieval.features import load_features
     from apd.retrieval.search import append_features, index_features, note_run
     from apd_kernels import Gallery
 
     Gallery.check_destination(output)
-    present = _gallery_to_append(output, metric and metric.value, factory) if append else None
-    extractor = None
-    if features is not None:
-        columns = (column or ()) if present is None else [name for name in present.metadata if name != "name"]
-        rows = load_features(features, columns).part("gallery")
-    else:
-        assert checkpoint is not None
-        assert data is not None
-        folder = read_dataset(data, ("gallery",))
-        data = folder.path  # what the images' names are relative to
-        extractor = run_extractor(checkpoint, on, flip_test)
-        rows = extracted(extractor, folder, batch_size).part("gallery")
-    if present is not None:
-        gallery = present
-        append_features(gallery, output, rows, data)
-    else:
-        gallery = index_features(rows, metric.value if metric else "cosine", index=factory or "Flat", device="cpu")
-        if extractor is not None and data is not None:
-            note_run(gallery, extractor, data)
-    gallery.save(output)
+    with only_writer(output):  # from the load to the save: rows that another process adds meanwhile would be lost
+        present = _gallery_to_append(output, metric and metric.value, factory) if append else None
+        extractor = None
+        if features is not None:
+            columns = (column or ()) if present is None else [name for name in present.metadata if name != "name"]
+            rows = load_features(features, columns).part("gallery")
+        else:
+            assert checkpoint is not None
+            assert data is not None
+            folder = read_dataset(data, ("gallery",))
+            data = folder.path  # what the images' names are relative to
+            extractor = run_extractor(checkpoint, on, flip_test)
+            rows = extracted(extractor, folder, batch_size).part("gallery")
+        if present is not None:
+            gallery = present
+            append_features(gallery, output, rows, data)
+        else:
+            gallery = index_features(rows, metric.value if metric else "cosine", index=factory or "Flat", device="cpu")
+            if extractor is not None and data is not None:
+                note_run(gallery, extractor, data)
+        gallery.save(output)
     if rows.about:
         display.print_extractor(rows.about)
     display.print_indexed(gallery, rows)

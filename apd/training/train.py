@@ -24,10 +24,11 @@ from apd.data.datasets import DataSpec, domains, read_source
 from apd.data.images import ImageStore
 from apd.data.market import ReidFolder, Sample, count_samples
 from apd.errors import DataWarning, InputError
+from apd.files import only_writer
 from apd.models.spnet import build_spnet
 from apd.models.trunk import BaselineTrunk, Trunk, build_trunk, resolve_trunk
 from apd.run import CONFIG, GENERATOR, INFO, WEIGHTS, Run, update_info
-from apd.training.distributed import join, on_first, own_rows
+from apd.training.distributed import join, on_first, own_rows, rank
 from apd.training.engine import check_precision
 from apd.training.monitors import REFERENCE_PAIRS, camera_distance
 from apd.training.mpg import check_mpg, train_mpg
@@ -70,7 +71,16 @@ def start_run(path: Path, config: Config, data: Sequence[Path | str | DataSpec],
         check_mpg(sources, config)
     check_sp(sources, config)
     config = _with_absolute_paths(config)
-    path.mkdir(parents=True, exist_ok=True)
+    with only_writer(path):
+        if (path / CONFIG).exists():
+            raise InputError(f"{path}: another process has begun a run in it meanwhile; choose another --output")
+        _begin(path, config, specs, folders, threads)
+    return Run(path)
+
+
+def _begin(
+    path: Path, config: Config, specs: Sequence[DataSpec], folders: Sequence[ReidFolder], threads: int | None
+) -> None:
     update_info(
         path,
         data=[str(spec) for spec in specs],
@@ -80,7 +90,6 @@ def start_run(path: Path, config: Config, data: Sequence[Path | str | DataSpec],
         threads=useful_threads(config, threads or available_threads()),
     )
     save_config(config, path / CONFIG)
-    return Run(path)
 
 
 def train_run(run: Run, device: str) -> dict[str, Any]:
@@ -97,13 +106,14 @@ def train_run(run: Run, device: str) -> dict[str, Any]:
         the contents of its run.json: seconds of each stage, results on the sources' own test images.
 
     Raises:
-        InputError: the data or the configuration cannot be used.
+        InputError: the data or the configuration cannot be used, or another process trains this run.
     """
     join(device)
     check_precision(run.config, device)  # now, not after stage 1
     own_rows(run.config.train)
     began = on_first(lambda: run.info().get("threads"))
-    with training_threads(began) if device == "cpu" else nullcontext():
+    alone = only_writer(run.path) if rank() == 0 else nullcontext()
+    with alone, training_threads(began) if device == "cpu" else nullcontext():
         _train(run, device)
     return run.info()
 

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import secrets
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -75,7 +76,7 @@ def save_folder(
     check_replaceable(path, format, error)
     made = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
-    with _exclusive(path):
+    with exclusive(path):
         check_replaceable(path, format, error)
         try:
             _write(path, {"format": format, "version": version, **fields}, files)
@@ -216,18 +217,41 @@ def check_replaceable(path: Path, format: str, error: type[ValueError]) -> None:
         raise error(f"{path}: not replaced: expected format {format!r}, got {found!r}; name another folder")
 
 
+class FolderBusy(OSError):
+    """Another process, or another thread, is writing to a folder."""
+
+
+_held = threading.local()  # .folders: those that this thread has locked
+
+
 @contextlib.contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    """One save at a time, where the file system has locks; the system drops the lock of a killed process."""
-    if fcntl is None:
+def exclusive(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """One writer of a folder at a time, where the file system has locks. A thread may lock what it has locked already.
+
+    The system drops the lock of a process that ends, however it ends.
+
+    Args:
+        path: a folder that exists.
+        wait: for the one before; without, `FolderBusy` is raised.
+    """
+    found = path.stat()
+    folders = _held.__dict__.setdefault("folders", set())
+    name = found.st_dev, found.st_ino
+    if fcntl is None or name in folders:
         yield
         return
     folder = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network file systems have none
-            fcntl.flock(folder, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderBusy(f"{path}: another process is writing to it; try again when it has ended") from None
+        except OSError:  # some network file systems have no locks
+            pass
+        folders.add(name)
         yield
     finally:
+        folders.discard(name)
         os.close(folder)
 
 

@@ -108,6 +108,8 @@ def _stored(manifest: dict[str, Any], files: dict[str, Path], mmap: bool) -> Sto
     next_key = manifest.get("next_key", count)
     if not fitting or not isinstance(next_key, int):
         return None
+    if len(np.unique(keys)) != count or (count and int(keys.min()) < 0) or next_key <= int(keys.max(initial=-1)):
+        return None
     columns = Columns()
     columns.keys, columns.ids, columns.cams = (Column(np.int64, values) for values in (keys, ids, cams))
     columns.metadata = {name: Column(values.dtype, values) for name, values in arrays.items()}

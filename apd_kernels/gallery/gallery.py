@@ -20,6 +20,7 @@ from apd_kernels.gallery.columns import Columns, check_notes, integers
 from apd_kernels.gallery.faiss_index import ApproximateIndex, import_faiss, search_device, search_parameters
 from apd_kernels.gallery.folder import FORMAT, GalleryError, Stored, read_gallery, write_gallery
 from apd_kernels.gallery.rows import SELECTED_SHARE, Filter, GalleryRows, checked_rows
+from apd_kernels.gallery.sharing import Sharing, reads, writes
 
 ENGINES = ("faiss", "fused")
 
@@ -69,6 +70,9 @@ class Gallery:
             code for it.
         TypeError, ValueError: an argument of the wrong type or choice, or a string that FAISS cannot build.
 
+    Threads may share a gallery: any number of them search while nobody writes, and a search sees all of a change or
+    nothing of it. Processes may share a folder: a save waits for another, and a load is never held up.
+
     The dictionary `notes` is saved with the gallery: anything about the gallery as a whole that JSON can hold, such as
     the model that made its rows.
 
@@ -105,6 +109,7 @@ class Gallery:
         self._approximate = None if index == "Flat" else ApproximateIndex(dim, index, metric)
         if engine == "fused" and index != "Flat":
             raise ValueError(f"index: expected 'Flat' with engine='fused', got {index!r}")
+        self._sharing = Sharing()
         self._rows = GalleryRows(dim, metric, self.device)
         self._columns = Columns()
         self.notes: dict[str, Any] = {}
@@ -117,30 +122,36 @@ class Gallery:
         return f"Gallery(dim={self.dim}, metric={self.metric!r}, {kind}): {len(self)} rows"
 
     @property
+    @reads
     def keys(self) -> Tensor:
         """Key of every row, int64 (N,), in the order in which the rows were added."""
         return torch.from_numpy(np.array(self._columns.keys.values()))
 
     @property
+    @reads
     def ids(self) -> Tensor:
         """Identity of every row, int64 (N,); −1 where none was given."""
         return torch.from_numpy(np.array(self._columns.ids.values()))
 
     @property
+    @reads
     def cams(self) -> Tensor:
         """Camera of every row, int64 (N,); −1 where none was given."""
         return torch.from_numpy(np.array(self._columns.cams.values()))
 
     @property
+    @reads
     def features(self) -> Tensor:
         """The rows, float32 (N, dim) on the CPU, a copy; with metric ``"cosine"`` at length 1."""
         return torch.from_numpy(self._rows.matrix().copy())
 
     @property
+    @reads
     def metadata(self) -> dict[str, np.ndarray]:
         """The columns of free metadata, each an array of shape (N,)."""
         return {name: np.array(column.values()) for name, column in self._columns.metadata.items()}
 
+    @reads
     def positions(self, keys: Tensor | np.ndarray) -> Tensor:
         """Where rows stand in `keys`, `ids`, `cams` and `metadata`.
 
@@ -153,6 +164,7 @@ class Gallery:
         flat = torch.as_tensor(keys).detach().cpu().numpy()
         return torch.from_numpy(self._columns.find(integers("keys", flat.reshape(-1), None)).reshape(flat.shape))
 
+    @writes
     def train(self, features: Tensor | np.ndarray) -> None:
         """Train the index, and index the rows that are already there anew; without it, the first `add` trains.
 
@@ -167,6 +179,7 @@ class Gallery:
         if self._approximate is not None:
             self._approximate.train(rows, self._rows.matrix())
 
+    @writes
     def add(
         self,
         features: Tensor | np.ndarray,
@@ -206,6 +219,7 @@ class Gallery:
         self._rows.add(rows)
         self._columns.append(new_keys, identities, cameras, columns)
 
+    @writes
     def remove(self, keys: Tensor | np.ndarray) -> None:
         """Remove rows; the others keep their keys and their order. Many keys at once cost as much as one.
 
@@ -226,6 +240,7 @@ class Gallery:
             with contextlib.suppress(ValueError):  # NSG takes no fewer than 101 rows; then its old entries stay
                 self._approximate.compact(self._rows.matrix(), share=0.5)
 
+    @writes
     def update(
         self,
         keys: Tensor | np.ndarray,
@@ -265,6 +280,7 @@ class Gallery:
         for column, values in changes:
             column.replace(at, values)
 
+    @reads
     def search(
         self,
         queries: Tensor | np.ndarray,
@@ -328,6 +344,7 @@ class Gallery:
         found = (np.where(missing, -1, column.values()[at] if len(self) else -1) for column in columns)
         return SearchResult(*map(torch.from_numpy, (distances, *found)))
 
+    @writes
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the gallery to a folder, or replace the gallery that the folder holds.
 

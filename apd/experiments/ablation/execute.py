@@ -30,7 +30,7 @@ from apd.data.market import read_market
 from apd.errors import DataWarning, InputError
 from apd.experiments.ablation.plan import Bracket, Plan, Row
 from apd.experiments.ablation.results import ResultFile
-from apd.files import write_bytes
+from apd.files import only_writer, write_bytes
 from apd.retrieval.extraction import load_extractor
 from apd.retrieval.features import FeatureSet, load_features
 from apd.retrieval.targets import Target, Tested, load_target, save_queries
@@ -121,6 +121,10 @@ class Ablation:
         Returns:
             what went wrong, by the name of the run; the others went on.
         """
+        with only_writer(self.output):
+            return self._execute(at_once, train)
+
+    def _execute(self, at_once: int, train: bool) -> dict[str, str]:
         for target in self.targets.values():
             (self.output / "splits").mkdir(parents=True, exist_ok=True)
             target.write(self.output / "splits" / f"{target.name}.json")

@@ -68,6 +68,7 @@ def _expected(arrays: dict[str, np.ndarray], metric: str, ap: str) -> dict[str, 
         "re_ranking": False,
         "single_shot": False,
         "exclude_self": False,
+        "ignore_cameras": False,
         "descriptor": None,
     }
 
