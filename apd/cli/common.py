@@ -14,7 +14,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from apd.errors import DataWarning, InputError
+from apd.errors import DataWarning, InputError, Interrupted
 
 
 class Device(str, Enum):
@@ -42,6 +42,12 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
             warnings.showwarning = _data_warnings_in_one_line(warnings.showwarning)
             try:
                 command(*args, **kwargs)
+            except Interrupted as error:
+                typer.secho(str(error), fg="yellow", err=True)
+                raise typer.Exit(128 + error.signum) from None
+            except KeyboardInterrupt:
+                typer.secho("interrupted", fg="red", err=True)
+                raise typer.Exit(130) from None
             except BrokenPipeError:  # `apd search … | head`; typer handles it
                 raise
             except (ImportError, OSError, ValueError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -136,6 +137,40 @@ def test_killed_run_goes_on_to_the_same_bits(tmp_path: Path, whole: Run, data: P
     assert (path / "last" / f"{stage}-{step:08}.pt").is_file()
     assert not (path / "best.safetensors").is_file()
     train_run(killed, "cpu")
+    _same_results(path, whole.path)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize("stage", ["mpg", "sp"])
+def test_a_signal_ends_a_training_with_a_checkpoint(
+    tmp_path: Path, whole: Run, data: Path, stage: str, signum: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the next step, and the rest goes on to the same bits."""
+    from apd.training import mpg, sp
+
+    module = {"mpg": mpg, "sp": sp}[stage]
+    guard, steps = module.LossGuard.watch, []
+
+    def watch(self: Any, step: int, *rest: Any) -> None:
+        steps.append(step)
+        if step == 2:
+            os.kill(os.getpid(), signum)
+        guard(self, step, *rest)
+
+    path = tmp_path / "run"
+    start_run(path, whole.config, [data])
+    shutil.copytree(whole.path / "baseline", path / "baseline")
+    if stage == "sp":
+        for name in ("generator.safetensors", "run.json", "metrics.csv"):
+            shutil.copy(whole.path / name, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(module.LossGuard, "watch", watch)
+        message = run("train", "--resume", path, "--device", "cpu", code=128 + signum)
+    assert steps == [1, 2]
+    assert f"interrupted at step 2; go on with: apd train --resume {path}" in message
+    assert (path / "last" / f"{stage}-00000002.pt").is_file()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    train_run(Run(path), "cpu")
     _same_results(path, whole.path)
 
 
