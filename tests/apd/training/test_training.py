@@ -224,15 +224,15 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path) 
 
 
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
-    """By the next checkpoint of its stage; a file of a large network is hundreds of megabytes."""
-    (tmp_path / "last").mkdir()
-    for stage in ("mpg", "sp"):
-        (tmp_path / "last" / f".{stage}-00000003.pt.0a1b2c3d.tmp").write_bytes(b"half")
+    """By a later checkpoint; a file of a large network is hundreds of megabytes."""
+    half = tmp_path / "last" / ".sp-00000003.pt.0a1b2c3d.tmp"
+    half.parent.mkdir()
+    half.write_bytes(b"half")
     save_checkpoint(tmp_path, "sp", 4, {})
-    assert sorted(path.name for path in (tmp_path / "last").iterdir()) == [
-        ".mpg-00000003.pt.0a1b2c3d.tmp",
-        "sp-00000004.pt",
-    ]
+    assert half.exists()  # so young that somebody may just have begun to write it
+    os.utime(half, (0, 0))
+    save_checkpoint(tmp_path, "sp", 5, {})
+    assert sorted(path.name for path in half.parent.iterdir()) == ["sp-00000004.pt", "sp-00000005.pt"]
 
 
 def test_two_newest_checkpoints_are_kept(tmp_path: Path) -> None:
