@@ -421,6 +421,8 @@ class Gallery:
             about = {"index": stored.index, "fingerprint": stored.fingerprint}
             gallery = cls(stored.dim, stored.metric, engine=engine, device=chosen, **about)  # type: ignore[arg-type]
             gallery._rows.adopt(stored.rows, mmap, stored.largest_norm, stored.zero)
+            if verify and not (gallery._rows.finite() and np.isfinite(gallery._rows.largest_norm)):
+                raise GalleryError(f"{path}: damaged: it holds rows that are not finite")
             if gallery._approximate is not None:
                 gallery._approximate.adopt(stored.approximate, mmap)
             gallery._columns, gallery.notes = stored.columns, stored.notes

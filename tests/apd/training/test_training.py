@@ -583,6 +583,7 @@ def test_synthesized_images_do_not_mix(tmp_path: Path, whole: Run, data: Path) -
     shutil.copytree(whole.path, tmp_path / "other")
     state = _weights(tmp_path / "other" / "generator.safetensors")
     (tmp_path / "other" / "generator.safetensors").write_bytes(save({**state, "change.bias": torch.ones(3)}))
+    update_info(tmp_path / "other", weights={})
     assert "of another generator" in error(*arguments, tmp_path / "other", "--output", tmp_path / "new")
 
 
@@ -611,3 +612,39 @@ def test_compiled_network(tmp_path: Path, data: Path) -> None:
     ours, theirs = ([float(row["loss"]) for row in read_metrics(run.path / "metrics.csv")] for run in (compiled, plain))
     assert ours == pytest.approx(theirs, rel=1e-3)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_weights_that_change_after_the_training(tmp_path: Path, whole: Run) -> None:
+    """Any flipped bit of them would give other descriptors, which nothing else notices."""
+    shutil.copytree(whole.path, tmp_path / "run")
+    for name, load in (("best.safetensors", Run.load_network), ("generator.safetensors", Run.load_generator)):
+        path = tmp_path / "run" / name
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=rf"{name}: has changed since the training of its run ended"):
+            load(Run(tmp_path / "run"))
+
+
+def test_training_images_that_were_replaced_are_named(tmp_path: Path, data: Path) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    made = trained(tmp_path / "run", folder, "perturbation=none")
+    (made.path / "best.safetensors").unlink()
+    replaced = sorted((folder / "bounding_box_train").iterdir())[3]
+    Image.new("RGB", (16, 32), (1, 2, 3)).save(replaced)
+    with pytest.raises(InputError, match=rf"began with other contents of 1 training image: .*{replaced.name}"):
+        train_run(Run(made.path), "cpu")
+
+
+def test_what_was_made_of_a_changed_original_is_made_again(tmp_path: Path, whole: Run, data: Path) -> None:
+    folder, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(data, folder)
+    command = ("synthesize", "--checkpoint", whole.path, "--data", folder, "--output", out, "--device", "cpu")
+    run(*command)
+    made = sorted((out / "bounding_box_train").glob("*.jpg"))
+    before = {path: path.stat().st_mtime_ns for path in made}
+    replaced = sorted((folder / "bounding_box_train").iterdir())[3]
+    Image.new("RGB", (16, 32), (200, 2, 3)).save(replaced)
+    run(*command)
+    assert [path for path in made if path.stat().st_mtime_ns != before[path]] == [made[3]]
