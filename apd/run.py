@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 
 from apd.config.values import Config
 from apd.errors import InputError
-from apd.files import write_bytes, write_json
+from apd.files import reading, write_bytes, write_json
 
 if TYPE_CHECKING:
     from apd.models.spnet import SPNet
@@ -146,12 +146,10 @@ def _load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except ValueError as error:
-        raise InputError(f"{path}: damaged: {error}") from error
+    with reading(path, "damaged"):
+        content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected an object, got {type(content).__name__}")
     return content

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,17 +153,30 @@ def image_names(
     """
     try:
         with os.scandir(root / folder) as entries:
-            return sorted(
-                entry.name
+            found = [
+                entry
                 for entry in entries
-                if entry.name.lower().endswith(_ENDINGS) and not entry.name.startswith(".") and not entry.is_dir()
-            )
+                if entry.name.lower().endswith(_ENDINGS) and not entry.name.startswith(".") and not _is(entry.is_dir)
+            ]
+            files = sorted(entry.name for entry in found if _is(entry.is_file))
     except FileNotFoundError:
         raise InputError(f"{root}: no folder {folder!r}; {layout}") from None
     except NotADirectoryError:
         raise InputError(f"{root / folder}: expected a folder, found a file") from None
     except PermissionError:
         raise InputError(f"{root / folder}: no permission to read it") from None
+    if len(files) < len(found):
+        others = sorted({entry.name for entry in found} - set(files))
+        what = "entries are no files (pipes, devices, links that lead nowhere) and"
+        _report(f"{root / folder}: {len(others)} {what} left out: {first_of(others)}", strict=False)
+    return files
+
+
+def _is(asked: Callable[[], bool]) -> bool:
+    try:
+        return asked()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def first_of(items: Iterable[str]) -> str:

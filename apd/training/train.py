@@ -30,6 +30,7 @@ from apd.models.trunk import BaselineTrunk, Trunk, build_trunk, resolve_trunk
 from apd.run import CONFIG, GENERATOR, INFO, WEIGHTS, Run, update_info
 from apd.training.distributed import join, on_first, own_rows, rank
 from apd.training.engine import check_precision
+from apd.training.interrupt import interruptible
 from apd.training.monitors import REFERENCE_PAIRS, camera_distance
 from apd.training.mpg import check_mpg, train_mpg
 from apd.training.sources import Sources, gather_sources
@@ -113,7 +114,7 @@ def train_run(run: Run, device: str) -> dict[str, Any]:
     own_rows(run.config.train)
     began = on_first(lambda: run.info().get("threads"))
     alone = only_writer(run.path) if rank() == 0 else nullcontext()
-    with alone, training_threads(began) if device == "cpu" else nullcontext():
+    with alone, interruptible(), training_threads(began) if device == "cpu" else nullcontext():
         _train(run, device)
     return run.info()
 

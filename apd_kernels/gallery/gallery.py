@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apd_kernels._core.checks import check_choice, check_number
+from apd_kernels._core.checks import check_choice, check_length, check_number
 from apd_kernels._core.operands import METRICS
 from apd_kernels.evaluation.neighbors import knn
 from apd_kernels.gallery.atomic_folder import check_replaceable
@@ -320,6 +320,7 @@ class Gallery:
         self._check_fingerprint(fingerprint)
         rows = checked_rows("queries", queries, self.dim, self.metric)
         _check_positive("k", k)
+        check_length("k", int(k), len(self))
         same = None if exclude_same is None else self._columns.checked_exclusion(exclude_same, len(rows))
         mask = None if where is None else self._columns.checked_where(where, len(rows))
         if max_distance is not None:

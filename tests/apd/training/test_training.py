@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -139,6 +140,40 @@ def test_killed_run_goes_on_to_the_same_bits(tmp_path: Path, whole: Run, data: P
     _same_results(path, whole.path)
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize("stage", ["mpg", "sp"])
+def test_a_signal_ends_a_training_with_a_checkpoint(
+    tmp_path: Path, whole: Run, data: Path, stage: str, signum: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the next step, and the rest goes on to the same bits."""
+    from apd.training import mpg, sp
+
+    module = {"mpg": mpg, "sp": sp}[stage]
+    guard, steps = module.LossGuard.watch, []
+
+    def watch(self: Any, step: int, *rest: Any) -> None:
+        steps.append(step)
+        if step == 2:
+            os.kill(os.getpid(), signum)
+        guard(self, step, *rest)
+
+    path = tmp_path / "run"
+    start_run(path, whole.config, [data])
+    shutil.copytree(whole.path / "baseline", path / "baseline")
+    if stage == "sp":
+        for name in ("generator.safetensors", "run.json", "metrics.csv"):
+            shutil.copy(whole.path / name, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(module.LossGuard, "watch", watch)
+        message = run("train", "--resume", path, "--device", "cpu", code=128 + signum)
+    assert steps == [1, 2]
+    assert f"interrupted at step 2; go on with: apd train --resume {path}" in message
+    assert (path / "last" / f"{stage}-00000002.pt").is_file()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    train_run(Run(path), "cpu")
+    _same_results(path, whole.path)
+
+
 def test_resumed_in_the_middle_of_a_stage(tmp_path: Path, whole: Run, data: Path) -> None:
     """From the checkpoint of step 2, without the one of step 4, on the command line."""
     path = tmp_path / "resumed"
@@ -189,15 +224,15 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path) 
 
 
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
-    """By the next checkpoint of its stage; a file of a large network is hundreds of megabytes."""
-    (tmp_path / "last").mkdir()
-    for stage in ("mpg", "sp"):
-        (tmp_path / "last" / f".{stage}-00000003.pt.0a1b2c3d.tmp").write_bytes(b"half")
+    """By a later checkpoint; a file of a large network is hundreds of megabytes."""
+    half = tmp_path / "last" / ".sp-00000003.pt.0a1b2c3d.tmp"
+    half.parent.mkdir()
+    half.write_bytes(b"half")
     save_checkpoint(tmp_path, "sp", 4, {})
-    assert sorted(path.name for path in (tmp_path / "last").iterdir()) == [
-        ".mpg-00000003.pt.0a1b2c3d.tmp",
-        "sp-00000004.pt",
-    ]
+    assert half.exists()  # so young that somebody may just have begun to write it
+    os.utime(half, (0, 0))
+    save_checkpoint(tmp_path, "sp", 5, {})
+    assert sorted(path.name for path in half.parent.iterdir()) == ["sp-00000004.pt", "sp-00000005.pt"]
 
 
 def test_two_newest_checkpoints_are_kept(tmp_path: Path) -> None:
