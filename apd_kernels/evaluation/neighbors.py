@@ -29,10 +29,8 @@ from apd_kernels._core.operands import METRICS, GalleryRows, PreparedRows, check
 from apd_kernels._core.operators import implementation_context, internal_dtype
 from apd_kernels._core.precision import resolve_precision
 from apd_kernels.evaluation.retrieval_metrics import Unlabelled, checked_unlabelled
-from apd_kernels.evaluation.rows import check_places, coarse_centre, half_squares, largest_of, scale_of, sorted_rows
+from apd_kernels.evaluation.rows import centred_products, check_places, half_squares, largest_of, scale_of, sorted_rows
 
-# Gallery rows that the centre of Euclidean products is estimated from.
-SAMPLED_ROWS = 256
 _SAME = ("query_ids", "gallery_ids", "query_cams", "gallery_cams")
 
 
@@ -230,10 +228,8 @@ def _searched(
         identity = torch.unique(torch.cat([query_ids, gallery_ids]), return_inverse=True)[1]
         names, camera = torch.unique(torch.cat([query_cams, gallery_cams]), return_inverse=True)
         code = identity * max(1, names.numel()) + camera
-        of_query = unlabelled.is_junk(query_ids) | unlabelled.is_unknown(query_cams)
-        of_gallery = unlabelled.is_junk(gallery_ids) | unlabelled.is_unknown(gallery_cams)
-        query_codes = torch.where(of_query, -1, code[:queries])
-        gallery_codes = torch.where(of_gallery, -2, code[queries:])[rows]
+        query_codes = torch.where(unlabelled.removes_nothing(query_ids, query_cams), -1, code[:queries])
+        gallery_codes = code[queries:][rows]
     return _Searched(rows, query_codes, gallery_codes, own, mask)
 
 
@@ -259,10 +255,7 @@ def _made_gallery_rows(gallery: Tensor, rows: Tensor, metric: str, backend: str)
     scale = scale_of(_largest(largest), dtype)
     if metric == "dot":
         return GalleryRows(gallery, largest, scale, sorted_rows(gallery, rows, dtype, scale)[:images])
-    centre = None
-    if dtype == internal_dtype(gallery) and images:
-        some = gallery[:: max(1, len(gallery) // SAMPLED_ROWS)].to(dtype) * scale
-        centre = coarse_centre(some)
+    dtype, centre = centred_products(gallery, scale, backend)
     copy = sorted_rows(gallery, rows, dtype, scale, centre)
     return GalleryRows(gallery, largest, scale, copy[:images], half_squares(copy)[:images], centre)
 

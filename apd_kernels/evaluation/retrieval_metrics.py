@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,18 +23,26 @@ _SUMMED = 64  # images at one distance up to which a sum is taken term by term
 class Unlabelled(NamedTuple):
     """The numbers that are no identity and no camera, for every figure and every list; None where there is none.
 
-    An image of identity `junk` counts neither for nor against, and as a query it is not counted. `camera` says that the
-    camera is not known: it equals no camera, and so removes nothing.
+    An image of identity `junk` counts neither for nor against, and as a query it is not counted. Camera
+    `unknown_camera` says that the camera is not known: it equals no camera, and so removes nothing. The methods take
+    tensors and NumPy arrays.
     """
 
     junk: int | None = -1
-    camera: int | None = -1
+    unknown_camera: int | None = -1
 
-    def is_junk(self, ids: Tensor) -> Tensor:
-        return torch.zeros_like(ids, dtype=torch.bool) if self.junk is None else ids == self.junk
+    def is_junk(self, ids: Any) -> Any:
+        return ids != ids if self.junk is None else ids == self.junk
 
-    def is_unknown(self, cams: Tensor) -> Tensor:
-        return torch.zeros_like(cams, dtype=torch.bool) if self.camera is None else cams == self.camera
+    def is_unknown(self, cams: Any) -> Any:
+        return cams != cams if self.unknown_camera is None else cams == self.unknown_camera
+
+    def removes_nothing(self, ids: Any, cams: Any) -> Any:
+        return self.is_junk(ids) | self.is_unknown(cams)
+
+    def removed(self, query_ids: Any, query_cams: Any, ids: Any, cams: Any) -> Any:
+        """Whether images are of a query's identity and in its camera; the arguments are broadcast."""
+        return (query_ids == ids) & (query_cams == cams) & ~self.removes_nothing(query_ids, query_cams)
 
 
 class RankMetrics(NamedTuple):
