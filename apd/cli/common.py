@@ -70,7 +70,7 @@ def _data_warnings_in_one_line(otherwise: Callable[..., None]) -> Callable[..., 
         line: str | None = None,
     ) -> None:
         if issubclass(category, DataWarning):
-            typer.secho(f"Warning: {' '.join(str(message).split())}", fg="yellow", err=True)
+            typer.secho(f"Warning: {_line(message)}", fg="yellow", err=True)
         else:
             otherwise(message, category, filename, lineno, file, line)
 
@@ -90,8 +90,14 @@ def _exit_code(error: Exception) -> int | None:
 
 def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())  # one line
+        return _line(f"{error.filename}: {error.strerror}")
+    return _line(error)
+
+
+def _line(message: object) -> str:
+    from apd.files import printable
+
+    return " ".join(printable(part) for part in str(message).split(" ") if part.strip())
 
 
 def torch_device(device: Device) -> str:

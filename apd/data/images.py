@@ -18,6 +18,7 @@ BACKGROUND = (255, 255, 255)  # white behind transparent pixels, as viewers show
 # Named, because Pillow hands some other formats to outside programs.
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "GIF", "JPEG2000", "PPM")
 MAX_PIXELS = 64 * 1024**2  # more is no picture of a person, but a file made to fill the memory
+MAX_SIDE = 20_000
 _THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -38,9 +39,13 @@ def load_image(path: Path | str, size: tuple[int, int] | None) -> np.ndarray:
     Raises:
         InputError: the file is missing, cut off, or no such image.
     """
+    if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+        raise InputError(f"{path}: expected a file, found a pipe or a device")  # which would wait for ever
     try:
         with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
+            if max(width, height) > MAX_SIDE:  # to resize one costs memory by its sides
+                raise InputError(f"{path}: expected sides of at most {MAX_SIDE:,} pixels, got {width} × {height}")
             if width * height > MAX_PIXELS:
                 raise InputError(f"expected an image of at most {MAX_PIXELS:,} pixels, got {width} × {height}")
             image.load()
@@ -71,6 +76,17 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         picture = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), picture).convert("RGB")
     return image.convert("RGB")
+
+
+def within(folder: Path, name: str) -> Path:
+    """The file of a name that a gallery or a feature file brings, which may not lead out of its folder.
+
+    Raises:
+        InputError: it is absolute, or goes up.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise InputError(f"{name}: leads out of {folder}, where the images are")
+    return folder / name
 
 
 class ImageStore:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -219,7 +219,7 @@ def folders_with_images(folder: Path) -> list[str]:
     return sorted(
         entry.name
         for entry in os.scandir(folder)
-        if entry.is_dir() and any(name.lower().endswith(ENDINGS) for name in os.listdir(entry))
+        if _is(entry.is_dir) and any(name.lower().endswith(ENDINGS) for name in os.listdir(entry))
     )
 
 
@@ -264,14 +264,16 @@ def _listed(
     root: Path, folder: str, layout: str = f"the layout of Market-1501 is {', '.join(FOLDERS.values())}"
 ) -> tuple[list[str], list[str]]:
     """The names of a folder's images, and, with the folder, those of pictures that are not read."""
-    names, unread = [], []
+    names: list[str] = []
+    unread: list[str] = []
+    no_files: list[str] = []
     try:
         with os.scandir(root / folder) as entries:
             for entry in entries:
-                if entry.name.startswith(".") or entry.is_dir():
+                if entry.name.startswith(".") or _is(entry.is_dir):
                     continue
                 if entry.name.lower().endswith(ENDINGS):
-                    names.append(entry.name)
+                    (names if _is(entry.is_file) else no_files).append(entry.name)
                 elif entry.name.lower().endswith(_UNREAD) or (_NAME.match(entry.name) and "." not in entry.name):
                     unread.append((Path(folder) / entry.name).as_posix())
     except FileNotFoundError:
@@ -280,6 +282,9 @@ def _listed(
         raise InputError(f"{root / folder}: expected a folder, found a file") from None
     except PermissionError:
         raise InputError(f"{root / folder}: no permission to read it") from None
+    if no_files:
+        what = "entries are no files (pipes, devices, links that lead nowhere) and"
+        _report(f"{root / folder}: {len(no_files)} {what} left out: {first_of(sorted(no_files))}", False)
     return sorted(names), sorted(unread)
 
 
@@ -289,6 +294,13 @@ def _why_unread() -> str:
 
 def _are(count: int, noun: str) -> str:
     return f"{count} {noun} is" if count == 1 else f"{count} {noun}s are"
+
+
+def _is(asked: Callable[[], bool]) -> bool:
+    try:
+        return asked()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def first_of(items: Iterable[str]) -> str:

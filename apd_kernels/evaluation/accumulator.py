@@ -29,7 +29,7 @@ from apd_kernels.evaluation.retrieval_metrics import (
     sorted_thresholds,
     summarised,
 )
-from apd_kernels.evaluation.rows import coarse_centre, half_squares, largest_of, padded, scale_of, sorted_rows
+from apd_kernels.evaluation.rows import centred_products, half_squares, largest_of, padded, scale_of, sorted_rows
 
 
 class Shard(NamedTuple):
@@ -54,7 +54,7 @@ class RankAccumulator:
         query: features, shape (Q, D); float16, bfloat16, float32 or float64.
         query_ids, query_cams: shape (Q,), as in `rank_metrics`.
         metric, ap, ties, max_rank, precision, junk, unknown_camera: as in `rank_metrics`. Euclidean rows are centred
-            about the mean of the queries and scaled by their magnitude; gallery rows 10¹⁵ times as long are infinitely
+            amid the queries and scaled by their magnitude; gallery rows 10¹⁵ times as long are infinitely
             far.
         exclude: (Q,) int64, the number of each query's own image in the gallery, in the order in which the pieces are
             added, or −1: it is not compared with itself. With several ranks the pieces of rank 0 come first. It has the
@@ -133,16 +133,13 @@ class RankAccumulator:
             dtype = query.dtype  # products of half inputs are exact in float32
         self._dtype = dtype
         if self._metric == "dot":
-            scale = scale_of(largest, dtype)
+            rows = sorted_rows(query, self._order, dtype, scale_of(largest, dtype))[:count]
             if dtype != torch.float16:  # the gallery's rows stay as they are: leave room for sums of their products
-                scale = scale * 2.0 ** -(padded(query.shape[1]).bit_length() + 1)
-            return sorted_rows(query, self._order, dtype, scale)[:count]
+                rows *= 2.0 ** -(padded(query.shape[1]).bit_length() + 3)
+            return rows
         self._scale = scale_of(largest.amax() if count else largest.new_ones(()), dtype)
-        rows = sorted_rows(query, self._order, dtype, self._scale)[:count]
-        if dtype == self._internal and count:
-            self._centre = coarse_centre(rows)
-            rows -= self._centre
-        return rows
+        self._dtype, self._centre = centred_products(query, self._scale, self._backend)
+        return sorted_rows(query, self._order, self._dtype, self._scale, self._centre)[:count]
 
     @torch.no_grad()
     def add_positives(self, gallery: Tensor, gallery_ids: Tensor, gallery_cams: Tensor | None = None) -> None:

@@ -20,6 +20,7 @@ from apd_kernels._core.checks import (
     check_features,
     check_gallery,
     check_integers,
+    check_length,
     check_number,
     check_tensor,
 )
@@ -28,10 +29,8 @@ from apd_kernels._core.operands import METRICS, GalleryRows, PreparedRows, check
 from apd_kernels._core.operators import implementation_context, internal_dtype
 from apd_kernels._core.precision import resolve_precision
 from apd_kernels.evaluation.retrieval_metrics import Unlabelled, checked_unlabelled
-from apd_kernels.evaluation.rows import check_places, coarse_centre, half_squares, largest_of, scale_of, sorted_rows
+from apd_kernels.evaluation.rows import centred_products, check_places, half_squares, largest_of, scale_of, sorted_rows
 
-# Gallery rows that the centre of Euclidean products is estimated from.
-SAMPLED_ROWS = 256
 _SAME = ("query_ids", "gallery_ids", "query_cams", "gallery_cams")
 
 
@@ -73,7 +72,8 @@ def knn(
         gallery: features, shape (G, D), dtype and device as `query`; or such rows after `prepare_rows`: the first
             search makes its copy of them, later ones take it. The result has the same bits, for "cosine" up to the
             rounding of unit rows.
-        k: number of neighbors of each query; where fewer rows are left, the rest is filled with "none".
+        k: number of neighbors of each query, at most G or 65,536; where fewer rows are left, the rest is filled with
+            "none".
         metric: ``"cosine"``, ``"euclidean"``, ``"sqeuclidean"`` or ``"dot"``, as in `pairwise_distance`.
         exclude_same: ``(query_ids, gallery_ids, query_cams, gallery_cams)``, integers of shape (Q,) or (G,), in the
             order of `rank_metrics`: gallery rows of the query's identity *and* camera are left out.
@@ -173,10 +173,7 @@ def _check(
     query: Tensor, gallery: Tensor | PreparedRows, k: int, exclude_self: bool | Tensor, mask: Tensor | None
 ) -> None:
     queries, images, device = query.shape[0], gallery.shape[0], query.device
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k: expected an int, got {type(k).__name__}")
-    if k < 1:
-        raise ValueError(f"k: expected at least 1, got {k}")
+    check_length("k", k, images)
     if isinstance(exclude_self, bool):
         if exclude_self and queries != images:
             raise ValueError(
@@ -231,10 +228,8 @@ def _searched(
         identity = torch.unique(torch.cat([query_ids, gallery_ids]), return_inverse=True)[1]
         names, camera = torch.unique(torch.cat([query_cams, gallery_cams]), return_inverse=True)
         code = identity * max(1, names.numel()) + camera
-        of_query = unlabelled.is_junk(query_ids) | unlabelled.is_unknown(query_cams)
-        of_gallery = unlabelled.is_junk(gallery_ids) | unlabelled.is_unknown(gallery_cams)
-        query_codes = torch.where(of_query, -1, code[:queries])
-        gallery_codes = torch.where(of_gallery, -2, code[queries:])[rows]
+        query_codes = torch.where(unlabelled.removes_nothing(query_ids, query_cams), -1, code[:queries])
+        gallery_codes = code[queries:][rows]
     return _Searched(rows, query_codes, gallery_codes, own, mask)
 
 
@@ -260,10 +255,7 @@ def _made_gallery_rows(gallery: Tensor, rows: Tensor, metric: str, backend: str)
     scale = scale_of(_largest(largest), dtype)
     if metric == "dot":
         return GalleryRows(gallery, largest, scale, sorted_rows(gallery, rows, dtype, scale)[:images])
-    centre = None
-    if dtype == internal_dtype(gallery) and images:
-        some = gallery[:: max(1, len(gallery) // SAMPLED_ROWS)].to(dtype) * scale
-        centre = coarse_centre(some)
+    dtype, centre = centred_products(gallery, scale, backend)
     copy = sorted_rows(gallery, rows, dtype, scale, centre)
     return GalleryRows(gallery, largest, scale, copy[:images], half_squares(copy)[:images], centre)
 

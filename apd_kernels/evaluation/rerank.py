@@ -18,6 +18,7 @@ from apd_kernels._core.checks import (
     check_features,
     check_floating,
     check_gallery,
+    check_length,
     check_number,
     check_same_kind,
 )
@@ -32,7 +33,7 @@ from apd_kernels.evaluation.retrieval_metrics import (
     checked_unlabelled,
     metrics_of_blocks,
 )
-from apd_kernels.evaluation.rows import coarse_centre, largest_of, scale_of
+from apd_kernels.evaluation.rows import centred_products, largest_of, scale_of
 from apd_kernels.reference import rerank as reference
 
 VARIANTS = ("torchreid", "transreid")
@@ -69,7 +70,7 @@ class RerankedDistances:
         self,
         distances: reference.Distances,
         queries: int,
-        encoding: reference.Sparse,
+        encoding: reference.Encoding,
         largest: Tensor,
         power: int,
         lambda_value: float,
@@ -77,7 +78,6 @@ class RerankedDistances:
         self.shape = (queries, distances.count - queries)
         self._distances, self._encoding, self._largest = distances, encoding, largest
         self._power, self._lambda = power, lambda_value
-        self._by_column = reference.transposed(encoding)
 
     def __repr__(self) -> str:
         return f"RerankedDistances(shape={self.shape}, lambda_value={self._lambda:g})"
@@ -113,8 +113,8 @@ class RerankedDistances:
         Returns:
             `Neighbors` ``(distances, indices)``, equal distances by lowest index.
         """
-        _check_count("k", k)
         queries, images = self.shape
+        check_length("k", k, images)
         distances = self._largest.new_full((queries, k), float("inf"))
         indices = torch.full((queries, k), -1, device=distances.device)
         kept = min(k, images)
@@ -184,11 +184,9 @@ class RerankedDistances:
         """λ (s/max s)^power + (1 − λ) Jaccard of some queries and the gallery."""
         first = self.shape[0]
         with implementation_context(self._largest, "torch"):
-            result = reference.jaccard(self._encoding, self._by_column, queries)[:, first:]
+            result = reference.jaccard(self._encoding, queries)[:, first:]
             share = torch.tensor(1 - self._lambda, dtype=result.dtype, device="cpu")  # float16 rounds it too
             result = result.mul_(share).to(self._largest.dtype)
-            if self._encoding.values.dtype != torch.float16:  # "transreid" keeps its rounding, below 0 included
-                result.clamp_(min=0)
             if self._lambda:
                 own = self._distances.block(queries)[:, first:]
                 own = reference.divided(own, self._largest[queries, None]).pow_(self._power)
@@ -367,17 +365,18 @@ def jaccard_distance(
         indices, largest = reference.neighbours(distances, k)
         divisor = torch.where(largest > 0, scale.double().square(), 0)
         sizes = {"k": k, "half": min(round(k / 2) + 1, k), "k2": k2}
-        encoding = reference.encoded(distances, indices, divisor, **sizes, dtype=rows.dtype)
+        weights = reference.encoded(distances, indices, divisor, **sizes, dtype=rows.dtype)
         del distances, rows
-        by_column = reference.transposed(encoding)
+        encoding = reference.searchable(weights)
         items = torch.arange(count, device=features.device)
 
         def block(rows: slice) -> Tensor:
-            distances = reference.jaccard(encoding, by_column, items[rows]).clamp_(min=0)
-            distances.diagonal(rows.start).zero_()  # the weights of a row need not sum to 1 to the last bit
+            distances = reference.jaccard(encoding, items[rows])
+            distances.diagonal(rows.start).zero_()  # also of a row in no list of its own, beside too many equal ones
             return distances
 
-        return _gathered_sparse(block, encoding.values, count) if sparse else _gathered(block, encoding.values, count)
+        gathered = _gathered_sparse if sparse else _gathered
+        return gathered(block, encoding.sums, count)
 
 
 def _gathered(block_of: Callable[[slice], Tensor], like: Tensor, count: int) -> Tensor:
@@ -468,7 +467,7 @@ def _reranked(
         indices, largest = reference.neighbours(distances, max(k, min(k2, count)))
         half = min(round(k1 / 2) + 1, k)
         encoding = reference.encoded(distances, indices, largest, k=k, half=half, k2=k2, power=power, dtype=dtype)
-        return RerankedDistances(distances, queries, encoding, largest, power, lambda_value)
+        return RerankedDistances(distances, queries, reference.searchable(encoding), largest, power, lambda_value)
 
 
 def _prepared(features: dict[str, Tensor], metric: str) -> tuple[Tensor, int, Tensor]:
@@ -481,12 +480,12 @@ def _prepared(features: dict[str, Tensor], metric: str) -> tuple[Tensor, int, Te
     dtype, dimension, count = internal_dtype(first), first.shape[1], sum(map(len, features.values()))
     tile = 3 * reference.TILE_ROWS  # whole tiles of rows and of columns
     rows = torch.zeros(-(-count // tile) * tile, (dimension // 16 + 1) * 16, dtype=dtype, device=first.device)
-    start = 0
+    start, dimensions = 0, rows[:, :dimension]
     largest = torch.zeros(1, dtype=dtype, device=first.device)
     for name, x in features.items():
         if len(x):
             largest = torch.maximum(largest, largest_of(name, x).amax())
-        rows[start : start + len(x), :dimension] = x
+        dimensions[start : start + len(x)] = x
         start += len(x)
     scale = torch.ones_like(largest)
     if metric == "cosine":
@@ -496,8 +495,9 @@ def _prepared(features: dict[str, Tensor], metric: str) -> tuple[Tensor, int, Te
         rows[:count, dimension][zero] = 1
     elif count:
         scale = scale_of(largest, dtype)
+        _, centre = centred_products(dimensions[:count], scale, "torch")
         rows *= scale
-        rows[:count] -= coarse_centre(rows[:count])
+        dimensions[:count] -= centre
     return rows, count, scale
 
 

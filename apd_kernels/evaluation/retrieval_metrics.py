@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,24 +16,33 @@ from apd_kernels.evaluation.rows import check_places
 
 AVERAGE_PRECISIONS = ("rectangular", "trapezoidal")
 TIES = ("pessimistic", "optimistic", "expected")
+_LONGEST_CMC = 1 << 24  # 128 MB
 _SUMMED = 64  # images at one distance up to which a sum is taken term by term
 
 
 class Unlabelled(NamedTuple):
     """The numbers that are no identity and no camera, for every figure and every list; None where there is none.
 
-    An image of identity `junk` counts neither for nor against, and as a query it is not counted. `camera` says that the
-    camera is not known: it equals no camera, and so removes nothing.
+    An image of identity `junk` counts neither for nor against, and as a query it is not counted. Camera
+    `unknown_camera` says that the camera is not known: it equals no camera, and so removes nothing. The methods take
+    tensors and NumPy arrays.
     """
 
     junk: int | None = -1
-    camera: int | None = -1
+    unknown_camera: int | None = -1
 
-    def is_junk(self, ids: Tensor) -> Tensor:
-        return torch.zeros_like(ids, dtype=torch.bool) if self.junk is None else ids == self.junk
+    def is_junk(self, ids: Any) -> Any:
+        return ids != ids if self.junk is None else ids == self.junk
 
-    def is_unknown(self, cams: Tensor) -> Tensor:
-        return torch.zeros_like(cams, dtype=torch.bool) if self.camera is None else cams == self.camera
+    def is_unknown(self, cams: Any) -> Any:
+        return cams != cams if self.unknown_camera is None else cams == self.unknown_camera
+
+    def removes_nothing(self, ids: Any, cams: Any) -> Any:
+        return self.is_junk(ids) | self.is_unknown(cams)
+
+    def removed(self, query_ids: Any, query_cams: Any, ids: Any, cams: Any) -> Any:
+        """Whether images are of a query's identity and in its camera; the arguments are broadcast."""
+        return (query_ids == ids) & (query_cams == cams) & ~self.removes_nothing(query_ids, query_cams)
 
 
 class RankMetrics(NamedTuple):
@@ -239,8 +248,8 @@ def check_options(ap: str, ties: str, max_rank: int) -> None:
     check_choice("ties", ties, TIES)
     if isinstance(max_rank, bool) or not isinstance(max_rank, int):
         raise TypeError(f"max_rank: expected an int, got {type(max_rank).__name__}")
-    if max_rank < 1:
-        raise ValueError(f"max_rank: expected at least 1, got {max_rank}")
+    if not 1 <= max_rank <= _LONGEST_CMC:
+        raise ValueError(f"max_rank: expected from 1 to {_LONGEST_CMC:,}, got {max_rank}")
 
 
 def check_labels(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from apd_kernels._core.operators import internal_dtype
-from apd_kernels._core.rows import largest_magnitude, unit_rows
+from apd_kernels._core.rows import WORTH_CENTRING, largest_magnitude, unit_rows
 from apd_kernels._core.threads import each_block
+
+_SAMPLED = 64  # rows that a centre is estimated from
 
 
 def padded(dimension: int) -> int:
@@ -43,7 +46,7 @@ def scale_of(largest: Tensor, dtype: torch.dtype) -> Tensor:
     """The power of two that brings `largest` to about 1; 1 for float16, whose squares fit float32 as they are."""
     if dtype == torch.float16:
         return torch.ones_like(largest)
-    limit = 1000 if dtype == torch.float64 else 100  # far enough, and the power itself stays in range
+    limit = 1022 if dtype == torch.float64 else 126  # as far as the power is a normal number
     return torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent.clamp(-limit, limit))
 
 
@@ -82,17 +85,26 @@ def sorted_rows(
     return copy
 
 
-def coarse_centre(rows: Tensor) -> Tensor:
-    """About the mean row, (D,). Distances do not change with a common shift, and centred rows lose fewer digits in
-    x·y − ½‖y‖².
+def centred_products(rows: Tensor, scale: Tensor, backend: str) -> tuple[torch.dtype, Tensor | None]:
+    """The dtype of the products of rows · scale for Euclidean distances, and what is subtracted from the rows, (D,).
 
-    It lies on a grid of 1/64 of the largest deviation: coarse enough to leave integer features exact, and as fine as
-    rows that lie far from the origin need.
+    Distances do not change with a common shift, and rows about 0 lose fewer digits in x·y − ½‖y‖². The centre has the
+    median of some rows in each dimension. That is a value of a row: integers stay integers. And a few rows that lie
+    elsewhere, as zeros for images that could not be read, do not move it. Kernels multiply half-precision rows as they
+    are, but for those far from the origin.
     """
-    mean = rows.mean(0)
-    spread = (rows - mean).abs().amax()
-    grid = torch.ldexp(torch.ones_like(spread), torch.frexp(spread).exponent - 6)
-    return torch.where(spread > 0, (mean / grid).round() * grid, mean)
+    dtype, count = internal_dtype(rows), rows.shape[0]
+    sampled = min(count, _SAMPLED)
+    if not sampled:
+        return dtype, None
+    chosen = torch.arange(sampled, device=rows.device) * count // sampled
+    some = (rows[chosen].to(dtype) * scale).cpu().numpy()
+    centre = np.sort(np.ascontiguousarray(some.T), 1)[:, (sampled - 1) // 2]  # 5 times as fast as PyTorch's median
+    if backend == "triton" and rows.dtype != dtype:
+        squares = np.sort(np.square(some, dtype=np.float64).sum(1))
+        if np.square(centre, dtype=np.float64).sum() < WORTH_CENTRING * squares[(sampled - 1) // 2]:
+            return rows.dtype, None
+    return dtype, torch.from_numpy(centre.copy()).to(rows.device)
 
 
 def half_squares(rows: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apd_kernels._core.checks import check_choice, check_number
+from apd_kernels._core.checks import check_choice, check_length, check_number
 from apd_kernels._core.operands import METRICS
 from apd_kernels.evaluation.neighbors import knn
+from apd_kernels.evaluation.retrieval_metrics import checked_unlabelled
 from apd_kernels.gallery.atomic_folder import check_replaceable
 from apd_kernels.gallery.columns import Columns, check_notes, integers
 from apd_kernels.gallery.faiss_index import ApproximateIndex, import_faiss, search_device, search_parameters
@@ -291,6 +292,8 @@ class Gallery:
         max_distance: float | None = None,
         parameters: Mapping[str, int] | None = None,
         fingerprint: str | None = None,
+        junk: int | None = -1,
+        unknown_camera: int | None = -1,
     ) -> SearchResult:
         """The k nearest rows of every query; equal distances are ordered by position.
 
@@ -301,13 +304,15 @@ class Gallery:
             queries: shape (Q, dim), any floating dtype and device; taken as float32.
             k: number of rows for each query; more than the gallery has are filled with "none".
             exclude_same: identities and cameras of the queries, integers of shape (Q,) each: rows with the query's
-                identity *and* camera are left out, as in re-identification benchmarks. −1 equals nothing.
+                identity *and* camera are left out, as in re-identification benchmarks.
             where: the rows that may be found: bool of shape (N,) in the order of `keys`, or (Q, N) with a choice for
                 each query; or keys, integers of shape (K,).
             max_distance: farther rows are not found (open-set search); a row at exactly this distance is.
             parameters: of an approximate index, for this search: ``nprobe``, ``max_codes`` (IVF), ``efSearch`` (HNSW),
                 ``k_factor`` (RFlat).
             fingerprint: of the model that made the queries, to be compared with the gallery's.
+            junk, unknown_camera: the identity and the camera in `exclude_same` that equal nothing, as in
+                `rank_metrics`.
 
         Returns:
             `SearchResult` ``(distances, indices, ids, cams)``. Where there is no further row: inf, −1, −1, −1.
@@ -320,12 +325,16 @@ class Gallery:
         self._check_fingerprint(fingerprint)
         rows = checked_rows("queries", queries, self.dim, self.metric)
         _check_positive("k", k)
-        same = None if exclude_same is None else self._columns.checked_exclusion(exclude_same, len(rows))
+        check_length("k", int(k), len(self))
+        unlabelled = checked_unlabelled(junk, unknown_camera)
+        same = None
+        if exclude_same is not None:
+            same = self._columns.checked_exclusion(exclude_same, len(rows), unlabelled)
         mask = None if where is None else self._columns.checked_where(where, len(rows))
         if max_distance is not None:
             check_number("max_distance", max_distance, minimum=-float("inf") if self.metric == "dot" else 0.0)
         search_parameters(None if self._approximate is None else self._approximate.index, parameters or {})
-        allowed = Filter(mask, same, self._columns.ids.values(), self._columns.cams.values())
+        allowed = Filter(mask, same, self._columns.ids.values(), self._columns.cams.values(), unlabelled)
         distances = np.full((len(rows), k), np.inf, np.float32)
         positions = np.full((len(rows), k), -1, np.int64)
         if len(self) and len(rows):
@@ -420,6 +429,8 @@ class Gallery:
             about = {"index": stored.index, "fingerprint": stored.fingerprint}
             gallery = cls(stored.dim, stored.metric, engine=engine, device=chosen, **about)  # type: ignore[arg-type]
             gallery._rows.adopt(stored.rows, mmap, stored.largest_norm, stored.zero)
+            if verify and not (gallery._rows.finite() and np.isfinite(gallery._rows.largest_norm)):
+                raise GalleryError(f"{path}: damaged: it holds rows that are not finite")
             if gallery._approximate is not None:
                 gallery._approximate.adopt(stored.approximate, mmap)
             gallery._columns, gallery.notes = stored.columns, stored.notes
@@ -486,6 +497,7 @@ class Gallery:
             exclude_same=same,
             mask=None if allowed.allowed is None else there(allowed.allowed),
             precision="fp32",  # as exact as FAISS, whatever PyTorch's switch says
+            **allowed.unlabelled._asdict(),
         )
         distances[:], positions[:] = found.distances.cpu().numpy(), found.indices.cpu().numpy()
 

@@ -6,7 +6,7 @@ for as long as rounding could hide a nearer row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from apd_kernels._core.checks import check_features
+from apd_kernels.evaluation.retrieval_metrics import Unlabelled
 from apd_kernels.gallery.columns import Column
 from apd_kernels.gallery.faiss_index import GPU_LARGEST_K, flat_index, import_faiss, to_gpu
 
@@ -31,6 +32,7 @@ class Filter:
     same: tuple[np.ndarray, np.ndarray] | None  # (Q,) identities and cameras of the queries: their rows are left out
     ids: np.ndarray  # (N,)
     cams: np.ndarray  # (N,)
+    unlabelled: Unlabelled
 
     @property
     def share(self) -> float:
@@ -41,7 +43,7 @@ class Filter:
         """For some of the queries."""
         allowed = self.allowed if self.allowed is None or self.allowed.ndim == 1 else self.allowed[block]
         same = None if self.same is None else (self.same[0][block], self.same[1][block])
-        return Filter(allowed, same, self.ids, self.cams)
+        return replace(self, allowed=allowed, same=same)
 
     def excluded(self, positions: np.ndarray) -> np.ndarray:
         """bool (Q, C): no row (−1), or one that the query may not find."""
@@ -52,8 +54,8 @@ class Filter:
             else:
                 excluded |= ~np.take_along_axis(self.allowed, np.maximum(positions, 0), 1)
         if self.same is not None:
-            ids, cams = self.ids[positions], self.cams[positions]
-            excluded |= (ids == self.same[0][:, None]) & (cams == self.same[1][:, None]) & (ids != -1) & (cams != -1)
+            ids, cams = (values[:, None] for values in self.same)
+            excluded |= self.unlabelled.removed(ids, cams, self.ids[positions], self.cams[positions])
         return excluded
 
 
@@ -78,6 +80,10 @@ class GalleryRows:
             return np.empty((0, self.dim), np.float32)
         rows: np.ndarray = import_faiss().rev_swig_ptr(self.index.get_xb(), len(self) * self.dim)
         return rows.reshape(-1, self.dim)
+
+    def finite(self) -> bool:
+        """Whether all rows are: nothing else can have been added."""
+        return all(np.isfinite(part).all() for part in np.array_split(self.matrix(), 1 + len(self) // 65536))
 
     def tensor(self) -> Tensor:
         """The same on `device`."""

@@ -3,9 +3,11 @@
 N items have squared distances s_ij. R(i, k) are the items j among the k nearest of i that have i among their k nearest.
 R*(i) adds R(j, k/2 + 1) for every j in R(i) that shares more than two thirds of it with R(i). Row i of V holds weights
 on R*(i) that sum to 1, then the mean of the rows of the k2 nearest of i. With t_ij = Σ_c min(V_ic, V_jc) the Jaccard
-distance is 1 − t/(2 − t). V has some hundred entries a row; nothing of size N×N exists at once.
+distance is 1 − t/(v_i + v_j − t), where v_i is the sum of row i: 1 up to rounding. V has some hundred entries a row;
+nothing of size N×N exists at once.
 
-Every sum is taken in one order (neighbours by rank, columns ascending), on every device.
+Every sum is taken in one order (neighbours by rank, columns ascending), on every device. So t_ij is at most v_i and v_j
+to the last bit: no distance is below 0, and equal rows of V are at 0.
 """
 
 from __future__ import annotations
@@ -286,17 +288,32 @@ def _averaged(weights: Sparse, lists: Tensor) -> Sparse:
     return Sparse(_starts(lengths), columns, values)
 
 
-def transposed(matrix: Sparse) -> Sparse:
-    """The columns of a square matrix as rows."""
-    count = len(matrix.starts) - 1
-    row = torch.repeat_interleave(matrix.starts.diff())
+class Encoding(NamedTuple):
+    """V ready for `jaccard`."""
+
+    matrix: Sparse
+    by_column: Sparse  # its columns as rows
+    sums: Tensor  # (N,): v
+
+
+def searchable(matrix: Sparse) -> Encoding:
+    lengths = matrix.starts.diff()
     order = matrix.columns.argsort(stable=True)
-    lengths = torch.bincount(matrix.columns, minlength=count)
-    return Sparse(_starts(lengths), row[order], matrix.values[order])
+    starts = _starts(torch.bincount(matrix.columns, minlength=len(lengths)))
+    by_column = Sparse(starts, torch.repeat_interleave(lengths)[order], matrix.values[order])
+    sums = matrix.values.new_zeros(len(lengths))
+    for number in range(int(lengths.max()) if len(lengths) else 0):  # in the order of `jaccard`
+        present = (lengths > number).nonzero()[:, 0]
+        sums[present] += matrix.values[matrix.starts[present] + number]
+    # The sum is taken as 1 where it is not: of rows that are in no list of their own, beside too many equal ones; and
+    # in float16, as TransReID does.
+    rounding = 0 if sums.dtype == torch.float16 else 1024 * torch.finfo(sums.dtype).eps
+    return Encoding(matrix, by_column, torch.where((sums - 1).abs() <= rounding, sums, 1))
 
 
-def jaccard(matrix: Sparse, by_column: Sparse, rows: Tensor) -> Tensor:
-    """1 − t/(2 − t) of the items `rows` to all items, (R, N)."""
+def jaccard(encoding: Encoding, rows: Tensor) -> Tensor:
+    """1 − t/(v_i + v_j − t) of the items `rows` to all items, (R, N)."""
+    matrix, by_column, sums = encoding
     count = len(matrix.starts) - 1
     shared = torch.zeros(len(rows) * count, dtype=matrix.values.dtype, device=rows.device)
     first = matrix.starts[rows]
@@ -311,7 +328,8 @@ def jaccard(matrix: Sparse, by_column: Sparse, rows: Tensor) -> Tensor:
         own = matrix.values[entry].index_select(0, place)
         shared.index_add_(0, target, torch.minimum(own, by_column.values.index_select(0, other)))
     shared = shared.view(len(rows), count)
-    return shared.div_(2 - shared).neg_().add_(1)
+    union = (sums[rows, None] + sums).sub_(shared)
+    return shared.div_(union).neg_().add_(1)
 
 
 def expanded_rows(rows: Tensor, indices: Tensor, squared: Distances, alpha: float) -> Tensor:

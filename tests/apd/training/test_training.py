@@ -224,15 +224,15 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path) 
 
 
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
-    """By the next checkpoint of its stage; a file of a large network is hundreds of megabytes."""
-    (tmp_path / "last").mkdir()
-    for stage in ("mpg", "sp"):
-        (tmp_path / "last" / f".{stage}-00000003.pt.0a1b2c3d.tmp").write_bytes(b"half")
+    """By a later checkpoint; a file of a large network is hundreds of megabytes."""
+    half = tmp_path / "last" / ".sp-00000003.pt.0a1b2c3d.tmp"
+    half.parent.mkdir()
+    half.write_bytes(b"half")
     save_checkpoint(tmp_path, "sp", 4, {})
-    assert sorted(path.name for path in (tmp_path / "last").iterdir()) == [
-        ".mpg-00000003.pt.0a1b2c3d.tmp",
-        "sp-00000004.pt",
-    ]
+    assert half.exists()  # so young that somebody may just have begun to write it
+    os.utime(half, (0, 0))
+    save_checkpoint(tmp_path, "sp", 5, {})
+    assert sorted(path.name for path in half.parent.iterdir()) == ["sp-00000004.pt", "sp-00000005.pt"]
 
 
 def test_two_newest_checkpoints_are_kept(tmp_path: Path) -> None:
@@ -583,6 +583,7 @@ def test_synthesized_images_do_not_mix(tmp_path: Path, whole: Run, data: Path) -
     shutil.copytree(whole.path, tmp_path / "other")
     state = _weights(tmp_path / "other" / "generator.safetensors")
     (tmp_path / "other" / "generator.safetensors").write_bytes(save({**state, "change.bias": torch.ones(3)}))
+    update_info(tmp_path / "other", weights={})
     assert "of another generator" in error(*arguments, tmp_path / "other", "--output", tmp_path / "new")
 
 
@@ -611,3 +612,39 @@ def test_compiled_network(tmp_path: Path, data: Path) -> None:
     ours, theirs = ([float(row["loss"]) for row in read_metrics(run.path / "metrics.csv")] for run in (compiled, plain))
     assert ours == pytest.approx(theirs, rel=1e-3)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_weights_that_change_after_the_training(tmp_path: Path, whole: Run) -> None:
+    """Any flipped bit of them would give other descriptors, which nothing else notices."""
+    shutil.copytree(whole.path, tmp_path / "run")
+    for name, load in (("best.safetensors", Run.load_network), ("generator.safetensors", Run.load_generator)):
+        path = tmp_path / "run" / name
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=rf"{name}: has changed since the training of its run ended"):
+            load(Run(tmp_path / "run"))
+
+
+def test_training_images_that_were_replaced_are_named(tmp_path: Path, data: Path) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    made = trained(tmp_path / "run", folder, "perturbation=none")
+    (made.path / "best.safetensors").unlink()
+    replaced = sorted((folder / "bounding_box_train").iterdir())[3]
+    Image.new("RGB", (16, 32), (1, 2, 3)).save(replaced)
+    with pytest.raises(InputError, match=rf"began with other contents of 1 training image: .*{replaced.name}"):
+        train_run(Run(made.path), "cpu")
+
+
+def test_what_was_made_of_a_changed_original_is_made_again(tmp_path: Path, whole: Run, data: Path) -> None:
+    folder, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(data, folder)
+    command = ("synthesize", "--checkpoint", whole.path, "--data", folder, "--output", out, "--device", "cpu")
+    run(*command)
+    made = sorted((out / "bounding_box_train").glob("*.jpg"))
+    before = {path: path.stat().st_mtime_ns for path in made}
+    replaced = sorted((folder / "bounding_box_train").iterdir())[3]
+    Image.new("RGB", (16, 32), (200, 2, 3)).save(replaced)
+    run(*command)
+    assert [path for path in made if path.stat().st_mtime_ns != before[path]] == [made[3]]
