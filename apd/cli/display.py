@@ -56,9 +56,10 @@ def print_extractor(about: Mapping[str, Any]) -> None:
 
 
 def print_extracted(rows: FeatureSet, absent: list[str]) -> None:
-    assert rows.split is not None
-    present = [part for part, split in SPLITS.items() if (rows.split == split).any()]
-    facts = [(part, _contents(rows.part(part))) for part in present]
+    facts = [("images", _contents(rows))]
+    if rows.split is not None:
+        present = [part for part, split in SPLITS.items() if (rows.split == split).any()]
+        facts = [(part, _contents(rows.part(part))) for part in present]
     print_facts(*facts, *((part, "left out: not in the data set") for part in absent))
     print_facts(("features", f"{rows.dim} dimensions"))
 

@@ -53,11 +53,6 @@ class FeatureSet:
     def dim(self) -> int:
         return int(self.features.shape[1])
 
-    @property
-    def labelled(self) -> bool:
-        """Whether there are identities, not all of them unknown (−1), and cameras."""
-        return self.pids is not None and self.camids is not None and bool((self.pids != -1).any())
-
     def identities(self) -> np.ndarray:
         return self._required("pids", self.pids)
 
