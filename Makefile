@@ -42,7 +42,7 @@ $(OLDEST)/ready: Makefile
 	@touch $@
 
 test-oldest: $(OLDEST)/ready  ## operators, compilation, evaluation and kernels with PyTorch 2.4 and Triton 3.6
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto -m oldest $$(grep -l pytest.mark.oldest tests/test_*.py)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto -m oldest $$(grep -rl --include='test_*.py' pytest.mark.oldest tests)
 
 bench: $(READY)  ## the benchmark suites: small sizes on the CPU, full sizes on CUDA
 	@mkdir -p runs/benchmarks

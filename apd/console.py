@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from apd.files import printable
+
 if TYPE_CHECKING:
     from apd.reports.page import Table
 
@@ -56,4 +58,4 @@ def print_table(table: Table) -> None:
 
 def print_written(*paths: Path) -> None:
     for path in paths:
-        console.print(Text(f"wrote {path}"), soft_wrap=True)
+        console.print(Text(f"wrote {printable(str(path))}"), soft_wrap=True)

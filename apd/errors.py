@@ -7,3 +7,16 @@ class InputError(ValueError):
 
 class DataWarning(UserWarning):
     """Something in a data set that was left out or looks wrong; the message names it."""
+
+
+class Interrupted(Exception):
+    """A signal ended a training, which can be resumed.
+
+    Args:
+        signum: of the signal.
+        message: what was reached, and how to go on.
+    """
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.signum = signum

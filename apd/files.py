@@ -4,31 +4,108 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
+import stat
+import time
+import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 from apd.errors import InputError
-from apd_kernels.gallery.atomic_folder import FolderBusy, exclusive
+from apd_kernels.gallery.atomic_folder import FolderBusy, exclusive, flush_folder
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A binary file to write, which becomes or replaces `path` in one step when the block ends without an error.
 
-    Whoever reads `path` finds the old content or the new one, never half of it.
+    Whoever reads `path` finds the old content or the new one, never half of it. A link is followed, a file keeps its
+    mode, and a device or a pipe is written to as it is. What a process that was killed left behind is removed.
     """
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with path.open("wb") as file:
+            yield file
+        return
+    _sweep(path.parent)
+    draft = path.with_name(f".{secrets.token_hex(8)}.tmp")  # not of the name, which may be as long as names can be
     try:
         with draft.open("xb") as file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says that somebody is still writing
             yield file
             file.flush()
+            if path.is_file() and hasattr(os, "fchmod"):
+                os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
             os.fsync(file.fileno())
         os.replace(draft, path)
+        flush_folder(path.parent)
     finally:
         draft.unlink(missing_ok=True)
+
+
+_DRAFT = re.compile(r"\.([^/]+\.)?[0-9a-f]{8,16}\.tmp")
+_YOUNG = 60  # seconds in which a draft may not be locked yet
+_swept: set[Path] = set()
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the drafts that nobody writes any more; once in a process, unless some may have been left just now."""
+    if fcntl is None or folder in _swept:
+        return
+    drafts = [path for path in folder.iterdir() if _DRAFT.fullmatch(path.name) and path.is_file()]
+    young = [draft for draft in drafts if time.time() - draft.stat().st_mtime < _YOUNG]
+    for draft in set(drafts) - set(young):
+        with suppress(OSError), draft.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            draft.unlink()
+    if not young:
+        _swept.add(folder)
+
+
+@contextmanager
+def reading(path: Path, what: str = "cannot be read, or is cut off or damaged") -> Iterator[None]:
+    """Whatever goes wrong in a file that is read becomes one line that names it.
+
+    Raises:
+        InputError: anything was raised within.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: expected a file, found a folder") from None
+    except PermissionError:
+        raise InputError(f"{path}: no permission to read it") from None
+    except Exception as error:  # what parsers raise for damage is a long list: TokenError, RecursionError, csv.Error, …
+        raise InputError(f"{path}: {what}: {printable(str(error))}") from error
+
+
+def sample_of(path: Path) -> str:
+    """Size of a file and checksum of its first 4 KB, for short: another picture of one name shows in it, and a hundred
+    thousand of them take seconds. A change of pixels behind the first 4 KB that keeps the size does not.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    with reading(path), path.open("rb") as file:
+        return f"{os.fstat(file.fileno()).st_size:x}-{zlib.crc32(file.read(4096)):08x}"
+
+
+def printable(text: str) -> str:
+    """Text for a terminal, which a file's name must not control: what is no sign of its own is escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 @contextmanager

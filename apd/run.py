@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 
 from apd.config.values import Config
 from apd.errors import InputError
-from apd.files import write_bytes, write_json
+from apd.files import reading, write_bytes, write_json
 
 if TYPE_CHECKING:
     from apd.models.spnet import SPNet
@@ -76,13 +76,14 @@ class Run:
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights, hexadecimal."""
-        return hashlib.sha256(self._file(WEIGHTS).read_bytes()).hexdigest()
+        return sha256_of(self._file(WEIGHTS))
 
     def load_network(self) -> SPNet:
         """SP-Net in evaluation mode, on the CPU."""
         from apd.models.spnet import build_spnet
 
         state = load_tensors(self._file(WEIGHTS))
+        self._check_unchanged(WEIGHTS)
         classifier = state.get("heads.classifier.weight")
         if classifier is None or classifier.ndim != 2:
             raise InputError(f"{self.path / WEIGHTS}: no SP-Net: it lacks heads.classifier.weight")
@@ -110,14 +111,27 @@ class Run:
         path = self.path / GENERATOR
         if not path.is_file():
             raise InputError(f"{self.path}: no {GENERATOR}: the run has no finished stage 1")
-        _load_state(generator, load_tensors(path), path)
+        state = load_tensors(path)
+        self._check_unchanged(GENERATOR)
+        _load_state(generator, state, path)
         return generator.eval().to(device)
+
+    def _check_unchanged(self, name: str) -> None:
+        """As it was when the training ended; runs of older versions do not say."""
+        expected = self.info().get("weights", {}).get(name)
+        if expected is not None and sha256_of(self._file(name)) != expected:
+            raise InputError(f"{self.path / name}: has changed since the training of its run ended")
 
     def _file(self, name: str) -> Path:
         path = self.path / name
         if not path.is_file():
             raise InputError(f"{self.path}: no {name}: its training has not come to an end")
         return path
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's contents, hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -146,12 +160,10 @@ def _load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except ValueError as error:
-        raise InputError(f"{path}: damaged: {error}") from error
+    with reading(path, "damaged"):
+        content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected an object, got {type(content).__name__}")
     return content

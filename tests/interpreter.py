@@ -29,6 +29,7 @@ def mend() -> None:
     interpreter.TritonSemantic.binary_op_sanitize_overflow_impl = _check_overflow
     if hasattr(interpreter, "_LangPatchScope"):
         interpreter._patch_lang = _patched_once(interpreter._patch_lang, interpreter._LangPatchScope)
+    _keep_types(tl, interpreter.TritonSemantic)
 
     cast = InterpreterBuilder.cast_impl
 
@@ -62,6 +63,60 @@ def _check_overflow(self: Any, a: Any, b: Any, operation: Callable[..., Any]) ->
         exact = _ON_INTEGERS[operation.__name__](a.handle.data.astype(np.int64), b.handle.data.astype(np.int64))
         assert kind.get_int_min_value() <= exact.min(), f"{kind}: {operation.__name__} overflows"
         assert exact.max() <= kind.get_int_max_value(), f"{kind}: {operation.__name__} overflows"
+
+
+def _keep_types(tl: Any, semantic: type) -> None:
+    """Shapes and types, of which a kernel has a few dozen, are made once; values of equal shape need no broadcasting.
+
+    What is kept is what Triton made; what it refuses, it refuses each time.
+    """
+    core = tl.core
+    make_block, make_tensor = core.block_type.__init__, core.tensor.__init__
+    equal, broadcast = core.dtype.__eq__, semantic.broadcast_impl_value
+    blocks: dict[Any, dict[str, Any]] = {}
+    shapes: dict[Any, dict[str, Any]] = {}
+
+    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        sizes = tuple(size.value if isinstance(size, core.constexpr) else size for size in shape)
+        kind = element_ty.name, getattr(element_ty, "address_space", None), sizes
+        if kind not in blocks or not all(type(size) is int for size in sizes):
+            make_block(self, element_ty, shape)
+            blocks[kind] = {**vars(self), "of_elements": {}}
+        vars(self).update(blocks[kind])
+
+    def with_element_ty(self: Any, element_ty: Any) -> Any:
+        kind = element_ty.name, getattr(element_ty, "address_space", None)
+        if kind not in self.of_elements:
+            self.of_elements[kind] = core.block_type(element_ty, self.shape)
+        return self.of_elements[kind]
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        sizes = tuple(type.shape) if type.is_block() else ()
+        if sizes not in shapes:
+            make_tensor(self, handle, type)
+            shapes[sizes] = {"shape": self.shape, "numel": self.numel}
+        vars(self).update(shapes[sizes], handle=handle, type=type, dtype=type.scalar)
+
+    def broadcast_impl_value(self: Any, lhs: Any, rhs: Any) -> Any:
+        return (lhs, rhs) if lhs.shape is rhs.shape else broadcast(self, lhs, rhs)
+
+    core.block_type.__init__ = block_type
+    core.block_type.with_element_ty = with_element_ty
+    core.block_type.to_ir = lambda self, builder: self  # the interpreter's builder made an equal one
+    core.tensor.__init__ = tensor
+    core.dtype.__eq__ = lambda self, other: self is other or equal(self, other)
+    semantic.broadcast_impl_value = broadcast_impl_value
+    semantic.computation_type_impl = functools.cache(semantic.computation_type_impl)
+    # A tuple's type is asked for when it is an argument or a result, not for every shape.
+    core.tuple.type = late = functools.cached_property(lambda self: core._type_for_tuple_values(self.values))
+    late.__set_name__(core.tuple, "type")
+
+    def tuple_of(self: Any, args: Any, type: Any = None) -> None:
+        self.values = list(args)
+        if type is not None:
+            self.type = type if isinstance(type, core.tuple_type) else core.tuple_type(type)
+
+    core.tuple.__init__ = tuple_of
 
 
 def _patched_once(patch: Callable[[Any], Any], scope: type) -> Callable[[Any], Any]:

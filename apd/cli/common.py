@@ -14,7 +14,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from apd.errors import DataWarning, InputError
+from apd.errors import DataWarning, InputError, Interrupted
 
 
 class Device(str, Enum):
@@ -42,6 +42,12 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
             warnings.showwarning = _data_warnings_in_one_line(warnings.showwarning)
             try:
                 command(*args, **kwargs)
+            except Interrupted as error:
+                typer.secho(str(error), fg="yellow", err=True)
+                raise typer.Exit(128 + error.signum) from None
+            except KeyboardInterrupt:
+                typer.secho("interrupted", fg="red", err=True)
+                raise typer.Exit(130) from None
             except BrokenPipeError:  # `apd search … | head`; typer handles it
                 raise
             except (ImportError, OSError, ValueError) as error:
@@ -64,7 +70,7 @@ def _data_warnings_in_one_line(otherwise: Callable[..., None]) -> Callable[..., 
         line: str | None = None,
     ) -> None:
         if issubclass(category, DataWarning):
-            typer.secho(f"Warning: {' '.join(str(message).split())}", fg="yellow", err=True)
+            typer.secho(f"Warning: {_line(message)}", fg="yellow", err=True)
         else:
             otherwise(message, category, filename, lineno, file, line)
 
@@ -84,8 +90,14 @@ def _exit_code(error: Exception) -> int | None:
 
 def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())  # one line
+        return _line(f"{error.filename}: {error.strerror}")
+    return _line(error)
+
+
+def _line(message: object) -> str:
+    from apd.files import printable
+
+    return " ".join(printable(part) for part in str(message).split(" ") if part.strip())
 
 
 def torch_device(device: Device) -> str:

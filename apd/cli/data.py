@@ -92,3 +92,6 @@ def _print_report(report: Report) -> None:
             part, f"{found.counts.images:,}", f"{found.counts.identities:,}", cameras, f"{found.distractors:,}"
         )
     console.print(table)
+    if report.unanswered is not None:
+        queries = len(report.folder.query)
+        console.print(f"queries without an answer from another camera: {report.unanswered:,} of {queries:,}")

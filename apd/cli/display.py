@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from apd.console import console, count, print_facts, print_table
+from apd.files import printable
 from apd.retrieval.evaluation import RANKS, Evaluation
 from apd.retrieval.features import SPLITS, FeatureSet
 from apd.retrieval.ranked_lists import RankedLists
@@ -38,7 +39,7 @@ def _contents(rows: FeatureSet) -> str:
         known = np.empty(0) if values is None else values[values != -1]
         if len(known):
             parts.append(count(len(np.unique(known)), noun, plural))
-    return f"{', '.join(parts)}; {rows.path.resolve().name}, {rows.rows}"
+    return f"{', '.join(parts)}; {printable(rows.path.resolve().name)}, {rows.rows}"
 
 
 def print_extractor(about: Mapping[str, Any]) -> None:
@@ -55,9 +56,10 @@ def print_extractor(about: Mapping[str, Any]) -> None:
 
 
 def print_extracted(rows: FeatureSet, absent: list[str]) -> None:
-    assert rows.split is not None
-    present = [part for part, split in SPLITS.items() if (rows.split == split).any()]
-    facts = [(part, _contents(rows.part(part))) for part in present]
+    facts = [("images", _contents(rows))]
+    if rows.split is not None:
+        present = [part for part, split in SPLITS.items() if (rows.split == split).any()]
+        facts = [(part, _contents(rows.part(part))) for part in present]
     print_facts(*facts, *((part, "left out: not in the data set") for part in absent))
     print_facts(("features", f"{rows.dim} dimensions"))
 
@@ -161,13 +163,14 @@ def print_ranks(lists: RankedLists, show: int) -> None:
     query = lists.query
     for i in range(min(show, len(query))):
         pid, camera, name = lists.describe(i)
+        name = printable(name)
         console.print()
         console.print(Text.assemble((f"query {i}", "bold"), f"  {_labels(pid, camera)}{name}"), soft_wrap=True)
         console.print(Text(f"{'rank':>6}{'distance':>11}{'id':>8}{'camera':>8}  same  name", "dim"), soft_wrap=True)
         for rank, (_, found, found_camera, found_name, distance) in enumerate(lists.matches(i), 1):
             same = found == pid and found != -1
             labels = "".join(f"{'' if value == -1 else value:>8}" for value in (found, found_camera))
-            line = f"{rank:>6}{distance:>11.6f}{labels}  {'yes' if same else '':<4}  {found_name}"
+            line = f"{rank:>6}{distance:>11.6f}{labels}  {'yes' if same else '':<4}  {printable(found_name)}"
             console.print(Text(line, "green" if same else ""), soft_wrap=True)
     console.print()
     if query.pids is not None and (query.pids != -1).any():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,7 +47,18 @@ class Ties(str, Enum):
 FeaturesOption = Annotated[
     Path | None, typer.Option(help="Feature file with a split array: its queries are searched in its gallery.")
 ]
-QueryOption = Annotated[Path | None, typer.Option(help="Feature file of the queries, with --gallery.")]
+QueryOption = Annotated[
+    Path | None,
+    typer.Option(help="Feature file of the queries, with --gallery; or with --checkpoint a folder of their images."),
+]
+IgnoreCamerasOption = Annotated[
+    bool,
+    typer.Option(
+        "--ignore-cameras",
+        help="Keep the images of a query's own camera: for data without cameras, or with one, whose gallery does "
+        "not hold the query itself. Names of images need not say a camera then (0002_001.jpg).",
+    ),
+]
 DataOption = Annotated[Path | None, typer.Option(help="Data set whose query and gallery the run is evaluated on.")]
 ApOption = Annotated[
     AveragePrecision,
@@ -126,14 +137,7 @@ def evaluate(
             "among themselves. A feature file without split is then both, query and gallery.",
         ),
     ] = False,
-    ignore_cameras: Annotated[
-        bool,
-        typer.Option(
-            "--ignore-cameras",
-            help="Keep the images of a query's own camera: for data without cameras, or with one, whose gallery does "
-            "not hold the query itself.",
-        ),
-    ] = False,
+    ignore_cameras: IgnoreCamerasOption = False,
     flip_test: FlipTestOption = False,
     batch_size: BatchSizeOption = 64,
     json: Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
@@ -145,7 +149,9 @@ def evaluate(
     camera, and those of identity -1 (junk). A query with no right answer left
     is not counted.
     """
-    sources = Sources(features, query, gallery, checkpoint, data, flip_test, batch_size)
+    sources = Sources(
+        features, query, gallery, checkpoint, data, flip_test, batch_size, not (ignore_cameras or exclude_self)
+    )
     given = {
         "--distances": distances,
         "--metric": metric,
@@ -228,6 +234,7 @@ def rerank(
             help="Do not list images of the query's identity in its own camera; they take part in the re-ranking.",
         ),
     ] = False,
+    ignore_cameras: IgnoreCamerasOption = False,
     metric: MetricOption = None,
     ap: ApOption = AveragePrecision.rectangular,
     ties: TiesOption = Ties.pessimistic,
@@ -238,9 +245,20 @@ def rerank(
 ) -> None:
     """Re-rank by k-reciprocal neighbours: lists to a file, and the figures before and after.
 
-    The figures need identities and cameras; the lists do not.
+    The figures need identities and cameras, and a query with an answer; the
+    lists do not.
     """
-    sources = Sources(features, query, [gallery] if gallery else None, checkpoint, data, flip_test, batch_size)
+    sources = Sources(
+        features,
+        query,
+        [gallery] if gallery else None,
+        checkpoint,
+        data,
+        flip_test,
+        batch_size,
+        not ignore_cameras,
+        figures=json is not None,
+    )
     chosen = (metric or Metric.cosine).value
     reranking = reranking_of(variant, chosen, k1, k2, share)
     assert reranking is not None
@@ -250,25 +268,25 @@ def rerank(
     from apd import console as terminal
     from apd.cli import display
     from apd.files import write_json
-    from apd.retrieval.evaluation import Conventions, evaluate_reranked, warn_of_distractors
+    from apd.retrieval.evaluation import Conventions, evaluate_reranked, warn_of_distractors, why_no_figures
     from apd.retrieval.evaluation import evaluate as evaluation_of
     from apd.retrieval.evaluation import rerank as reranked_of
     from apd.retrieval.ranked_lists import write_lists
     from apd.retrieval.search import rank_reranked
 
     queries, images = sources.read(on)
-    labelled = all(rows.labelled for rows in (queries, images))
-    if json is not None and not labelled:
-        raise InputError(
-            "--json: is for figures, which need the arrays 'pids' and 'camids' of queries and gallery, not all pids -1"
-        )
+    lacking = why_no_figures(queries, images, cameras=not ignore_cameras)
+    if json is not None and lacking is not None:
+        raise InputError(f"--json: is for figures, which need the arrays 'pids' and 'camids': {lacking}")
     reranked = reranked_of(queries, images, chosen, reranking, device=on)
     lists = rank_reranked(reranked, queries, images, k, chosen, reranking, exclude_same_camera=exclude_same_camera)
     write_lists(lists, output)
-    if labelled:
+    if lacking is not None:
+        terminal.console.print(f"note: no figures: {lacking}", soft_wrap=True, markup=False)
+    else:
         warn_of_distractors(queries)
-        before = Conventions(metric=chosen, ap=ap.value, ties=ties.value)
-        after = Conventions(metric=chosen, ap=ap.value, ties=ties.value, reranking=reranking)
+        before = Conventions(metric=chosen, ap=ap.value, ties=ties.value, ignore_cameras=ignore_cameras)
+        after = replace(before, reranking=reranking)
         results = {
             "before": evaluation_of(queries, images, before, device=on),
             "after": evaluate_reranked(reranked, queries, images, after, device=on),
@@ -292,11 +310,16 @@ class Sources:
     data: Path | None
     flip_test: bool
     batch_size: int
+    cameras: bool  # whether they are looked at
+    figures: bool = True  # whether they must be possible
 
     def __post_init__(self) -> None:
         given = [bool(source) for source in (self.features, self.query, self.gallery, self.checkpoint, self.data)]
-        if given not in ([1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 1]):
-            raise InputError("give either --features, or --query and --gallery, or --checkpoint and --data")
+        if given not in ([1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 1], [0, 1, 1, 1, 0]):
+            raise InputError(
+                "give either --features, or --query and --gallery, or --checkpoint and --data, or --checkpoint with "
+                "--query and --gallery"
+            )
         if self.flip_test and self.checkpoint is None:
             raise InputError("--flip-test: is for --checkpoint; features are taken as they are")
 
@@ -304,27 +327,49 @@ class Sources:
     def in_pieces(self) -> bool:
         """Whether the gallery is more than one feature file."""
         files = self.gallery or []
+        if self.checkpoint is not None:
+            return False
         return len(files) > 1 or any(file.is_dir() or file.suffix == ".npy" for file in files)
 
     def read(self, device: str, among_themselves: bool = False) -> tuple[FeatureSet, FeatureSet]:
         """Queries and gallery; with `among_themselves` all rows of a file without split are both."""
-        from apd.data.datasets import read_dataset
         from apd.retrieval.features import load_features
 
-        if self.checkpoint is not None and self.data is not None:
-            folder = read_dataset(self.data, ("query", "gallery"))
-            whole = extracted(run_extractor(self.checkpoint, device, self.flip_test), folder, self.batch_size)
-        elif self.features is not None:
-            whole = load_features(self.features)
-            if whole.split is None and not among_themselves:
-                raise InputError(
-                    f"{self.features}: no array 'split'; without one, give two files as --query and --gallery"
-                )
+        if self.checkpoint is not None:
+            return self._described(device)
+        if self.query is not None:
+            assert self.gallery is not None
+            return load_features(self.query).part("query"), load_features(self.gallery[0]).part("gallery")
+        assert self.features is not None
+        whole = load_features(self.features)
+        if whole.split is None and not among_themselves:
+            raise InputError(f"{self.features}: no array 'split'; without one, give two files as --query and --gallery")
+        return whole.part("query"), whole.part("gallery")
+
+    def _described(self, device: str) -> tuple[FeatureSet, FeatureSet]:
+        """By the run, once it is clear that there is something to evaluate."""
+        from apd.data.datasets import read_dataset
+        from apd.data.market import NO_ANSWERS, labels, unanswered
+
+        assert self.checkpoint is not None
+        if self.data is not None:
+            folders = [read_dataset(self.data, ("query", "gallery"), cameras=self.cameras)]
         else:
             assert self.query is not None
             assert self.gallery is not None
-            return load_features(self.query).part("query"), load_features(self.gallery[0]).part("gallery")
-        return whole.part("query"), whole.part("gallery")
+            if len(self.gallery) > 1:
+                raise InputError("--gallery: with --checkpoint one folder is expected")
+            asked = (("query", self.query), ("gallery", self.gallery[0]))
+            folders = [read_dataset(path, (part,), cameras=self.cameras) for part, path in asked]
+        query, gallery = folders[0].query, folders[-1].gallery
+        if self.figures and unanswered(labels(query), labels(gallery), cameras=self.cameras) == len(query):
+            raise InputError(
+                f"{folders[0].path}: "
+                + (NO_ANSWERS if self.cameras else "no query has an image of its identity in the gallery")
+            )
+        extractor = run_extractor(self.checkpoint, device, self.flip_test)
+        rows = [extracted(extractor, folder, self.batch_size) for folder in folders]
+        return rows[0].part("query"), rows[-1].part("gallery")
 
     def note(self) -> str | None:
         """What must be known of a data set's test."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -84,7 +85,9 @@ def extract(
             "returns a torch.nn.Module, also from the current folder; or the folder of a run."
         ),
     ],
-    data: Annotated[Path, typer.Option(help="Data set.")],
+    data: Annotated[
+        Path, typer.Option(help="Data set; or a folder of images, or a CSV file of paths, which needs no identities.")
+    ],
     output: Annotated[Path, typer.Option(help="Feature file to write or replace, .npz.")],
     part: Annotated[
         list[str] | None,
@@ -124,15 +127,19 @@ def extract(
     on = torch_device(device)
     from apd import console as terminal
     from apd.cli import display
-    from apd.data.datasets import read_dataset
+    from apd.data.datasets import DataSpec, read_dataset
+    from apd.data.datasets.registry import PICTURES
     from apd.retrieval.extraction import load_extractor
     from apd.retrieval.features import save_features
 
-    folder = read_dataset(data, parts)
+    folder = read_dataset(data, parts, unlabelled=True)
     extractor = load_extractor(model, on, size=height_width, weights=weights, mean=mean, std=std, flip_test=flip_test)
     rows = extracted(extractor, folder, batch_size)
+    if not part and DataSpec.parse(data).dataset is PICTURES:
+        rows = replace(rows, split=None)  # to ask, or to be searched
     display.print_extractor(extractor.about())
-    display.print_extracted(rows, absent=[] if part else [name for name in PARTS if name not in parts])
+    absent = [] if part or rows.split is None else [name for name in PARTS if name not in parts]
+    display.print_extracted(rows, absent)
     save_features(rows, output)
     terminal.print_written(output)
 
@@ -170,7 +177,7 @@ def _present_parts(data: Path) -> list[str]:
     """All parts if none is there: whoever reads them says what is missing."""
     from apd.data.datasets import present_parts
 
-    return present_parts(data)
+    return present_parts(data, unlabelled=True)
 
 
 def run_extractor(run: Path, device: str, flip_test: bool) -> Extractor:

@@ -44,7 +44,10 @@ def index(
         typer.Option(help="Feature file; its gallery rows (split 2) are indexed, or all rows without a split."),
     ] = None,
     checkpoint: CheckpointOption = None,
-    data: Annotated[Path | None, typer.Option(help="Data set whose gallery is described by the run.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Data set whose gallery is described by the run; or a folder of images, or a CSV of paths."),
+    ] = None,
     append: Annotated[
         bool,
         typer.Option("--append", help="Add to the gallery that is there: of the same model, dimension and metric."),
@@ -102,7 +105,7 @@ def index(
         else:
             assert checkpoint is not None
             assert data is not None
-            folder = read_dataset(data, ("gallery",))
+            folder = read_dataset(data, ("gallery",), unlabelled=True)
             data = folder.path  # what the images' names are relative to
             extractor = run_extractor(checkpoint, on, flip_test)
             rows = extracted(extractor, folder, batch_size).part("gallery")
@@ -124,7 +127,8 @@ def index(
 def search(
     gallery: Annotated[Path, typer.Option(help="Gallery folder written by [bold]apd index[/bold].")],
     query: Annotated[
-        list[Path] | None, typer.Option(help="Image to search, in a gallery made with a run; may be repeated.")
+        list[Path] | None,
+        typer.Option(help="Image to search, or folder of such, in a gallery made with a run; may be repeated."),
     ] = None,
     features: Annotated[
         Path | None,
@@ -207,7 +211,7 @@ def search(
     _refuse(features is None, {"--query-data": query_data}, "is for --features, not for --query IMAGE")
     _refuse(not drawn, of_pictures, "is for --picture and --report")
     _refuse(rerank is not None, of_distances, "is for distances of features, not for re-ranked ones by --rerank")
-    if drawn and features is not None and not show:
+    if drawn and not show and (features is not None or any(path.is_dir() for path in query or ())):
         raise InputError("--show 0: leaves no list for --picture or --report to draw")
     parameters = _parameters(parameter or ())
     check_file(output, "--output", (".json", ".csv", ".npz"))
@@ -226,11 +230,13 @@ def search(
         data_of,
         describe_queries,
         extractor_of,
+        query_images,
         rows_where,
         search_features,
         search_reranked,
     )
 
+    asking = query_images(query or ())
     images = _loaded(gallery, engine, device)
     reranking = reranking_of(rerank, images.metric, k1, k2, share)
     rows = rows_where(images, where or ())
@@ -239,9 +245,8 @@ def search(
         queries = load_features(features).part("query")
         check_fits(queries, images, gallery)
     else:
-        assert query is not None
         extractor = extractor_of(images, gallery, on, checkpoint)
-        queries = describe_queries(extractor, query, id, camera)
+        queries = describe_queries(extractor, asking, id, camera)
         if exclude_same_camera and LABELS.removes_nothing(queries.identities(), queries.cameras()).any():
             raise InputError("--exclude-same-camera: the query's identity or camera is not known; --id and --camera")
     if reranking is not None:
@@ -266,7 +271,10 @@ def search(
         terminal.print_written(output)
     if folder is None:
         return
-    shown = lists if query else lists.first(show).located(query_data or folder)
+    if query:
+        shown = lists if len(asking) == len(query) else lists.first(show)  # of a folder as of a feature file
+    else:
+        shown = lists.first(show).located(query_data or folder)
     if picture is not None:
         write_ranked_picture(shown, folder, picture)
         terminal.print_written(picture)

@@ -15,8 +15,10 @@ from torch import Tensor
 from apd.errors import InputError
 
 BACKGROUND = (255, 255, 255)  # white behind transparent pixels, as viewers show them
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP")  # named, because Pillow hands some other formats to outside programs
+# Named, because Pillow hands some other formats to outside programs.
+FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "GIF", "JPEG2000", "PPM")
 MAX_PIXELS = 64 * 1024**2  # more is no picture of a person, but a file made to fill the memory
+MAX_SIDE = 20_000
 _THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -25,10 +27,10 @@ def load_image(path: Path | str, size: tuple[int, int] | None) -> np.ndarray:
 
     The format is known by the content, not by the name. EXIF orientation is
     applied, 16-bit grey scaled to 8 bits, transparency (of a palette or of an
-    alpha channel) laid over `BACKGROUND`.
+    alpha channel) laid over `BACKGROUND`. Of several frames the first is taken.
 
     Args:
-        path: a JPEG, PNG, BMP or WebP file.
+        path: a file of one of the `FORMATS`.
         size: (height, width) in pixels to resize to, bicubic with antialiasing as in TransReID; None: as stored.
 
     Returns:
@@ -37,25 +39,29 @@ def load_image(path: Path | str, size: tuple[int, int] | None) -> np.ndarray:
     Raises:
         InputError: the file is missing, cut off, or no such image.
     """
+    if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+        raise InputError(f"{path}: expected a file, found a pipe or a device")  # which would wait for ever
     try:
         with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
+            if max(width, height) > MAX_SIDE:  # to resize one costs memory by its sides
+                raise InputError(f"{path}: expected sides of at most {MAX_SIDE:,} pixels, got {width} × {height}")
             if width * height > MAX_PIXELS:
-                raise InputError(f"{path}: expected an image of at most {MAX_PIXELS:,} pixels, got {width} × {height}")
+                raise InputError(f"expected an image of at most {MAX_PIXELS:,} pixels, got {width} × {height}")
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             rgb = _as_rgb(image)
             if size is not None:
                 rgb = rgb.resize((size[1], size[0]), Image.Resampling.BICUBIC)
             return np.array(rgb)
-    except InputError:
-        raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise InputError(f"{path}: expected a file, found a folder") from None
     except PermissionError:
         raise InputError(f"{path}: no permission to read it") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more for damage
         raise InputError(f"{path}: cannot be read as an image, or is cut off or damaged") from error
 
@@ -64,10 +70,23 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255
         values = np.asarray(image).astype(np.int64)
         return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":  # what is white in it, 1.0 or 255.0, nobody says
+        raise InputError("floating point pixels, whose white is not known; expected whole numbers")
     if image.has_transparency_data:
         picture = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), picture).convert("RGB")
     return image.convert("RGB")
+
+
+def within(folder: Path, name: str) -> Path:
+    """The file of a name that a gallery or a feature file brings, which may not lead out of its folder.
+
+    Raises:
+        InputError: it is absolute, or goes up.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise InputError(f"{name}: leads out of {folder}, where the images are")
+    return folder / name
 
 
 class ImageStore:

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from apd.config.values import SETTINGS, Config, shown, value_of
-from apd.data.images import load_image
+from apd.data.images import load_image, within
 from apd.errors import InputError
 from apd.files import write_text
 from apd.retrieval.comparison import Chance, Difference, Retrieval
@@ -258,8 +258,8 @@ def ranked_strips(lists: RankedLists, queries: Sequence[int], folder: Path, note
         for rank, (_, found, found_camera, found_name, distance) in enumerate(lists.matches(query), 1):
             frame = "" if not known else "right" if found == pid else "wrong"
             place = f"{rank} {_SIGNS[frame]}".rstrip()
-            caption = (place, *_labels(("camera", found_camera)), f"{distance:.3f}")
-            tiles.append(_tile(folder / found_name, caption, frame))
+            caption = (place, *_labels(("camera", found_camera)), f"{distance:#.3g}")
+            tiles.append(_tile(within(folder, found_name), caption, frame))
         strips.append(Strip(note, _tile(Path(name), ("query", *_labels(("camera", camera), ("identity", pid)))), tiles))
     return strips
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apd.data.market import DISTRACTOR
+from apd.data.market import DISTRACTOR, NO_ANSWERS, UNKNOWN, unanswered
 from apd.errors import DataWarning, InputError
 from apd.retrieval.features import FeatureSet, check_same_model, map_array
 from apd.retrieval.shards import GalleryShards
@@ -268,6 +268,26 @@ def warn_of_distractors(query: FeatureSet) -> None:
             DataWarning,
             stacklevel=2,
         )
+
+
+def why_no_figures(query: FeatureSet, gallery: FeatureSet, *, cameras: bool) -> str | None:
+    """What the rows lack for an evaluation; None where there is nothing.
+
+    Args:
+        query, gallery: features are not looked at.
+        cameras: whether images of a query's own camera are left out.
+    """
+    pairs = []
+    for rows in (query, gallery):
+        if rows.pids is None or (rows.pids == UNKNOWN).all():
+            return f"{rows.path}: says the identity of no image"
+        if cameras and rows.camids is None:
+            return f"{rows.path}: no array 'camids'; --ignore-cameras evaluates without cameras"
+        columns = (rows.pids, rows.pids if rows.camids is None else rows.camids)
+        pairs.append(zip(*(column.tolist() for column in columns), strict=True))
+    if unanswered(*pairs, cameras=cameras) == len(query):
+        return f"{query.path}: {NO_ANSWERS if cameras else 'no query has an image of its identity in the gallery'}"
+    return None
 
 
 def features_tensor(rows: FeatureSet, device: str = "cpu") -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from apd.config.values import Config
+from apd.data.datasets.lists import absent
 from apd.data.images import ImageStore
 from apd.data.market import ReidFolder
 from apd.errors import InputError
@@ -105,24 +106,36 @@ def extract_folder(
     batch_size: int = 64,
     advance: Callable[[int], None] = lambda done: None,
 ) -> FeatureSet:
-    """The descriptors of all images of a data set, sorted by split and then name ("folder/file")."""
+    """The descriptors of all images of a data set, sorted by split and then name ("folder/file").
+
+    Raises:
+        InputError: as `extract`; an image that is not there, before any is described.
+    """
     samples = [
         (split, sample.path.relative_to(folder.path).as_posix(), sample)
         for part, split in SPLITS.items()
         for sample in getattr(folder, part)
     ]
     samples.sort(key=lambda row: row[:2])
+    if missing := absent(sample.path for *_, sample in samples):
+        raise InputError(f"{folder.path}: {len(missing)} images are not there: {missing[0]} for one")
     features = extract(extractor, [sample.path for *_, sample in samples], batch_size=batch_size, advance=advance)
     return FeatureSet(
         path=folder.path,
         rows="all rows",
         features=features,
         names=np.array([name for _, name, _ in samples]),
-        pids=np.array([sample.pid for *_, sample in samples], np.int32),
-        camids=np.array([sample.camid for *_, sample in samples], np.int32),
+        pids=label_column([sample.pid for *_, sample in samples]),
+        camids=label_column([sample.camid for *_, sample in samples]),
         split=np.array([split for split, *_ in samples], np.int8),
         about=extractor.about(),
     )
+
+
+def label_column(values: Sequence[int]) -> np.ndarray:
+    """Identities or cameras in int32, or in int64 where one does not fit."""
+    wide = any(not -(2**31) <= value < 2**31 for value in values)
+    return np.array(values, np.int64 if wide else np.int32)
 
 
 def _batches(store: ImageStore, batch_size: int) -> Iterator[Tensor]:

@@ -14,8 +14,6 @@ that are asked for by name.
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,15 +23,12 @@ from typing import Any
 import numpy as np
 
 from apd.errors import InputError
-from apd.files import replacing
+from apd.files import reading, replacing
 
 SPLITS = {"train": 0, "query": 1, "gallery": 2}
 ARRAYS = ("features", "pids", "camids", "split", "names")
 # Of `apd.retrieval.extraction.Extractor.about`: what every extractor has, and what a run has besides.
 ABOUT, ABOUT_RUN = ("model", "fingerprint", "image_size", "flip_test"), ("descriptor", "label_smoothing")
-
-# What numpy raises for an archive that is not one, is cut off, or holds something else than plain arrays.
-_UNREADABLE = (ValueError, EOFError, OSError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -57,11 +52,6 @@ class FeatureSet:
     @property
     def dim(self) -> int:
         return int(self.features.shape[1])
-
-    @property
-    def labelled(self) -> bool:
-        """Whether there are identities, not all of them unknown (−1), and cameras."""
-        return self.pids is not None and self.camids is not None and bool((self.pids != -1).any())
 
     def identities(self) -> np.ndarray:
         return self._required("pids", self.pids)
@@ -107,14 +97,13 @@ def load_features(path: Path, columns: Sequence[str] = ()) -> FeatureSet:
         InputError: the file, or one of its arrays, is missing, damaged, or of another kind than described above.
     """
     with _opened(path) as archive:
+        _check_headers(path, archive)
         arrays: dict[str, np.ndarray] = {}
         about = (*ABOUT, *ABOUT_RUN) if set(ABOUT) <= set(archive.files) else ()
         for name in (*ARRAYS, *about, *columns):
             if name in archive.files:
-                try:
+                with reading(path, f"{name}: cannot be read"):
                     arrays[name] = archive[name]
-                except _UNREADABLE as error:
-                    raise InputError(f"{path}: {name}: cannot be read: {error}") from error
     features = arrays.get("features")
     if features is None:
         raise InputError(f"{path}: no array 'features'; found {', '.join(sorted(archive.files)) or 'none'}")
@@ -164,15 +153,9 @@ def map_array(path: Path) -> np.ndarray:
     Raises:
         InputError: there is no such file, or none with an array of numbers.
     """
-    try:
+    with reading(path, "not an .npy file of numbers, or cut off or damaged"):
         # Copy on write: PyTorch warns of arrays that are read-only.
         array: np.ndarray = np.lib.format.open_memmap(path, mode="c")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: expected a file, found a folder") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not an .npy file of numbers, or cut off or damaged") from error
     return array
 
 
@@ -192,20 +175,36 @@ def save_features(rows: FeatureSet, path: Path) -> None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
-    try:
+    with reading(path, "not an .npz file, or cut off or damaged"):
         archive = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: expected a file, found a folder") from None
-    except PermissionError:
-        raise InputError(f"{path}: no permission to read it") from None
-    except _UNREADABLE as error:
-        raise InputError(f"{path}: not an .npz file, or cut off or damaged") from error
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise InputError(f"{path}: expected an .npz file with named arrays, got a single array")
     with archive:
         yield archive
+
+
+def _check_headers(path: Path, archive: np.lib.npyio.NpzFile) -> None:
+    """Shapes and dtypes, before anything is unpacked: a small file may hold large arrays."""
+    found: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
+    for name in (*ARRAYS, *ABOUT, *ABOUT_RUN):
+        if name in archive.files:
+            assert archive.zip is not None
+            with reading(path, f"{name}: cannot be read"), archive.zip.open(f"{name}.npy") as file:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(file)
+                found[name] = shape, dtype
+    if "features" not in found:
+        return
+    (shape, dtype), count = found["features"], found["features"][0][:1]
+    if dtype.kind != "f" or len(shape) != 2 or shape[1] < 1:
+        raise InputError(f"{path}: features: expected floating point (N, D), got {dtype} {shape}")
+    if not shape[0]:
+        raise InputError(f"{path}: features: no rows")
+    for name in ("pids", "camids", "split", "names"):
+        if name in found and found[name][0] != count:
+            expected = f"({count[0]},) as features has rows"
+            raise InputError(f"{path}: {name}: expected shape {expected}, got {found[name][0]}")
 
 
 def _check_column(path: Path, name: str, values: np.ndarray | None, kinds: str, what: str, count: int) -> None:

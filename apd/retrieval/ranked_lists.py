@@ -105,6 +105,11 @@ def _as_json(lists: RankedLists) -> dict[str, Any]:
     return {"metric": lists.metric, "re_ranking": re_ranking, "queries": queries}
 
 
+def _quoted(name: str) -> str:
+    """A spreadsheet would take a name that begins so for a formula, and run it; in front of it ' says text."""
+    return f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
+
+
 def _as_csv(lists: RankedLists) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -113,5 +118,6 @@ def _as_csv(lists: RankedLists) -> str:
     )
     for query in range(len(lists.query)):
         for rank, match in enumerate(lists.matches(query), 1):
-            writer.writerow([query, *lists.describe(query), rank, *match])
+            row = [query, *lists.describe(query), rank, *match]
+            writer.writerow([_quoted(value) if isinstance(value, str) else value for value in row])
     return text.getvalue()

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from apd.data.datasets import DataSpec, read_dataset
 from apd.data.market import DISTRACTOR, label_of
 from apd.errors import InputError
 from apd.retrieval.evaluation import LABELS, Reranking, features_tensor, integers_tensor
-from apd.retrieval.extraction import Extractor, extract, load_extractor
+from apd.retrieval.extraction import Extractor, extract, label_column, load_extractor
 from apd.retrieval.features import FeatureSet, difference
 from apd.retrieval.ranked_lists import RankedLists
 from apd_kernels import Gallery, RerankedDistances, SearchResult, k_reciprocal_rerank
@@ -149,6 +150,23 @@ def data_of(gallery: Gallery, path: Path, data: Path | None = None) -> Path:
     return folder
 
 
+def query_images(paths: Sequence[Path]) -> list[Path]:
+    """These files, and the images of these folders, by name.
+
+    Raises:
+        InputError: a folder holds no image.
+    """
+    return [
+        image
+        for path in paths
+        for image in (
+            [sample.path for sample in read_dataset(DataSpec(path, "pictures"), ("query",)).query]
+            if path.is_dir()
+            else [path]
+        )
+    ]
+
+
 def describe_queries(extractor: Extractor, images: Sequence[Path], pid: int | None, camera: int | None) -> FeatureSet:
     """Query rows of image files.
 
@@ -164,8 +182,8 @@ def describe_queries(extractor: Extractor, images: Sequence[Path], pid: int | No
         rows="an image" if len(images) == 1 else f"the first of {len(images)} images",
         features=extract(extractor, images),
         names=np.array([str(image) for image in images]),
-        pids=np.array([found if pid is None else pid for found, _ in labels], np.int32),
-        camids=np.array([found if camera is None else camera for _, found in labels], np.int32),
+        pids=label_column([found if pid is None else pid for found, _ in labels]),
+        camids=label_column([found if camera is None else camera for _, found in labels]),
         split=None,
         about=extractor.about(),
     )

@@ -36,8 +36,6 @@ def save_checkpoint(run: Path, stage: str, step: int, state: dict[str, Any]) -> 
     write_bytes(path, content.getvalue())
     for _, old in _checkpoints(run, stage)[_KEPT:]:
         old.unlink()
-    for draft in folder.glob(f".{stage}-*.tmp"):  # of a process that was killed while it wrote
-        draft.unlink()
     return path
 
 

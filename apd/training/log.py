@@ -15,7 +15,7 @@ from torch import Tensor
 
 from apd.console import console
 from apd.errors import InputError
-from apd.files import write_text
+from apd.files import reading, write_text
 from apd.run import METRICS
 
 COLUMNS = (
@@ -178,9 +178,12 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
     """
     if not path.is_file():
         return []
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    if any(not (row.get("stage") and (row.get("step") or "").isdigit()) for row in rows):
+    with reading(path, "not the table of a training"), path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        rows, columns = list(reader), reader.fieldnames
+    if columns is not None and not {"stage", "step"} <= set(columns):
+        raise InputError(f"{path}: not the table of a training: no columns stage and step")
+    if any(not (row.get("stage") and (row.get("step") or "").isdecimal()) for row in rows):
         raise InputError(f"{path}: expected the columns stage and step in every line")
     return rows
 

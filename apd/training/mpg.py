@@ -21,6 +21,7 @@ from apd.models.trunk import Trunk, build_trunk
 from apd.run import GENERATOR, save_tensors, update_info
 from apd.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
 from apd.training.engine import CheckpointClock, LossGuard, seed_step
+from apd.training.interrupt import asked_to_end, interrupted
 from apd.training.log import StageLog
 from apd.training.monitors import flipped_share, sample_grid, sample_images
 from apd.training.sources import Sources
@@ -220,6 +221,9 @@ def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device:
             if step % options.sample_steps == 0 or step == options.steps:
                 log.picture(step, "originals above what G makes of them", sample_grid(generator, samples))
             clock.tick(step)
+            if asked_to_end():
+                clock.save(step)
+                raise interrupted(run, step)
             flipped = sum(latest) / _LINES
             if options.stop_flipped is not None and flipped >= options.stop_flipped:
                 update_info(run, mpg_stopped={"step": step, "flipped": flipped})

@@ -22,6 +22,7 @@ from apd.run import WEIGHTS, read_info, save_tensors, update_info
 from apd.training.checkpoint import load_checkpoint, save_checkpoint
 from apd.training.distributed import Unlogged, own_rows
 from apd.training.engine import CheckpointClock, LossGuard, make_accelerator
+from apd.training.interrupt import asked_to_end, interrupted
 from apd.training.log import StageLog
 from apd.training.sources import Sources
 from apd.training.step import TrainingStep
@@ -181,6 +182,10 @@ def train_sp(run: Path, sources: Sources, validation: list[list[Sample]], config
                     with accelerator.autocast():
                         chosen.validate(model, step, log)
                 clock.tick(step)
+            if asked_to_end():
+                if writes:
+                    clock.save(step)
+                raise interrupted(run, step)
             if collapsed and options.on_collapse == "stop":
                 break
         guard.settle()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from apd.data.images import ImageStore
 from apd.data.loading import images_in_order
 from apd.data.market import FOLDERS, Sample, label_of
 from apd.errors import InputError
-from apd.files import write_bytes, write_text
+from apd.files import reading, sample_of, write_bytes, write_json, write_text
 from apd.models.trunk import Trunk
 
 _QUALITY = 95  # of the JPEG files, as close to the generator's output as 8 bits in a third of PNG's size
@@ -103,7 +104,7 @@ def synthesize(
     device: str,
     workers: int = 0,
 ) -> list[Path]:
-    """Write G(x) of every image; those that this generator wrote before are kept, so that an interrupted run goes on.
+    """Write G(x) of every image; those that this generator wrote before of the same originals are kept.
 
     Args:
         generator: what makes an image of an image.
@@ -129,6 +130,7 @@ def synthesize(
         raise InputError(f"{folder}: holds the originals; choose another folder for the synthesized images")
     target.mkdir(parents=True, exist_ok=True)
     _sign(folder, generator)
+    _forget_changed(folder / f"{part}.sources.json", samples, paths)
     missing = [i for i, path in enumerate(paths) if not path.is_file()]
     store = ImageStore([samples[i].path for i in missing], size, cache=False)
     waiting = iter(missing)
@@ -139,6 +141,20 @@ def synthesize(
                 write_bytes(paths[next(waiting)], _as_jpeg(picture))
             advance(len(made))
     return paths
+
+
+def _forget_changed(record: Path, samples: Sequence[Sample], paths: Sequence[Path]) -> None:
+    """Remove what was made of originals that have other contents now."""
+    before: dict[str, str] = {}
+    if record.exists():
+        with reading(record, "damaged"):
+            before = json.loads(record.read_text(encoding="utf-8"))
+    now = {path.name: sample_of(sample.path) for sample, path in zip(samples, paths, strict=True)}
+    for path in paths:
+        if before.get(path.name, now[path.name]) != now[path.name]:
+            path.unlink(missing_ok=True)
+    if before | now != before:
+        write_json(record, before | now)
 
 
 def _sign(folder: Path, generator: HardImages) -> None:

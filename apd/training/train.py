@@ -22,14 +22,15 @@ from apd.config.values import PRETRAINED, Config
 from apd.console import console, count
 from apd.data.datasets import DataSpec, domains, read_source
 from apd.data.images import ImageStore
-from apd.data.market import ReidFolder, Sample, count_samples
+from apd.data.market import ReidFolder, Sample, count_samples, first_of
 from apd.errors import DataWarning, InputError
-from apd.files import only_writer
+from apd.files import only_writer, sample_of
 from apd.models.spnet import build_spnet
 from apd.models.trunk import BaselineTrunk, Trunk, build_trunk, resolve_trunk
-from apd.run import CONFIG, GENERATOR, INFO, WEIGHTS, Run, update_info
+from apd.run import CONFIG, GENERATOR, INFO, WEIGHTS, Run, sha256_of, update_info
 from apd.training.distributed import join, on_first, own_rows, rank
 from apd.training.engine import check_precision
+from apd.training.interrupt import interruptible
 from apd.training.monitors import REFERENCE_PAIRS, camera_distance
 from apd.training.mpg import check_mpg, train_mpg
 from apd.training.sources import Sources, gather_sources
@@ -85,6 +86,7 @@ def _begin(
         path,
         data=[str(spec) for spec in specs],
         images=_listing(folders),
+        contents=_contents(folders),
         started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions={"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
         threads=useful_threads(config, threads or available_threads()),
@@ -113,7 +115,7 @@ def train_run(run: Run, device: str) -> dict[str, Any]:
     own_rows(run.config.train)
     began = on_first(lambda: run.info().get("threads"))
     alone = only_writer(run.path) if rank() == 0 else nullcontext()
-    with alone, training_threads(began) if device == "cpu" else nullcontext():
+    with alone, interruptible(), training_threads(began) if device == "cpu" else nullcontext():
         _train(run, device)
     return run.info()
 
@@ -144,6 +146,11 @@ def _read_sources(run: Run) -> list[ReidFolder]:
             f"{run.path}: began with other training images than there are now in {names}; expected the same files, "
             "identities and cameras"
         )
+    before = run.info().get("contents", {})
+    if changed := [name for name, sample in _contents(folders).items() if before.get(name, sample) != sample]:
+        raise InputError(
+            f"{run.path}: began with other contents of {count(len(changed), 'training image')}: {first_of(changed)}"
+        )
     for folder in folders:
         console.print(f"source {folder.path.name}: {_counts(folder.train)}", soft_wrap=True)
     return folders
@@ -159,6 +166,11 @@ def _has_stage_1(run: Run) -> bool:
     """Also of an older version, which wrote its images without measuring their content."""
     measured = CAMERA_DISTANCE in run.info() or (run.path / SYNTHESIZED).is_dir()
     return measured and (not run.config.uses_generator or (run.path / GENERATOR).is_file())
+
+
+def _contents(folders: Sequence[ReidFolder]) -> dict[str, str]:
+    """A sample of each training image, by its path."""
+    return {str(one.path): sample_of(one.path) for folder in folders for one in folder.train}
 
 
 def _stage_1(run: Run, sources: Sources, device: str) -> None:
@@ -299,7 +311,10 @@ def _report(run: Run, folders: Sequence[ReidFolder], sources: Sources, device: s
                 f"({count(queries, 'query', 'queries')})"
             )
         results[str(folder.path)] = found
-    update_info(run.path, own_test=results, finished=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    weights = {name: sha256_of(run.path / name) for name in (WEIGHTS, GENERATOR) if (run.path / name).is_file()}
+    update_info(
+        run.path, weights=weights, own_test=results, finished=datetime.now(timezone.utc).isoformat(timespec="seconds")
+    )
 
 
 def _has_answers(folder: ReidFolder) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LONGEST = 1 << 16  # a list of no more places costs next to nothing, however few rows there are
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -72,6 +73,16 @@ def check_integers(name: str, values: Tensor, count: int, device: torch.device) 
         raise ValueError(f"{name}: expected shape ({count},), got {tuple(values.shape)}")
     if values.device != device:
         raise ValueError(f"{name}: expected device {device}, got {values.device}")
+
+
+def check_length(name: str, value: int, rows: int) -> None:
+    """Of a list that is made for each query, or a CMC: as long as there are rows, or any small number."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+    if value > max(rows, LONGEST):
+        raise ValueError(f"{name}: expected at most {max(rows, LONGEST):,} for {rows:,} gallery rows, got {value:,}")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -20,6 +20,7 @@ from apd_kernels._core.checks import (
     check_features,
     check_gallery,
     check_integers,
+    check_length,
     check_number,
     check_tensor,
 )
@@ -71,7 +72,8 @@ def knn(
         gallery: features, shape (G, D), dtype and device as `query`; or such rows after `prepare_rows`: the first
             search makes its copy of them, later ones take it. The result has the same bits, for "cosine" up to the
             rounding of unit rows.
-        k: number of neighbors of each query; where fewer rows are left, the rest is filled with "none".
+        k: number of neighbors of each query, at most G or 65,536; where fewer rows are left, the rest is filled with
+            "none".
         metric: ``"cosine"``, ``"euclidean"``, ``"sqeuclidean"`` or ``"dot"``, as in `pairwise_distance`.
         exclude_same: ``(query_ids, gallery_ids, query_cams, gallery_cams)``, integers of shape (Q,) or (G,), in the
             order of `rank_metrics`: gallery rows of the query's identity *and* camera are left out.
@@ -171,10 +173,7 @@ def _check(
     query: Tensor, gallery: Tensor | PreparedRows, k: int, exclude_self: bool | Tensor, mask: Tensor | None
 ) -> None:
     queries, images, device = query.shape[0], gallery.shape[0], query.device
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k: expected an int, got {type(k).__name__}")
-    if k < 1:
-        raise ValueError(f"k: expected at least 1, got {k}")
+    check_length("k", k, images)
     if isinstance(exclude_self, bool):
         if exclude_self and queries != images:
             raise ValueError(

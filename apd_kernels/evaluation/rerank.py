@@ -18,6 +18,7 @@ from apd_kernels._core.checks import (
     check_features,
     check_floating,
     check_gallery,
+    check_length,
     check_number,
     check_same_kind,
 )
@@ -112,8 +113,8 @@ class RerankedDistances:
         Returns:
             `Neighbors` ``(distances, indices)``, equal distances by lowest index.
         """
-        _check_count("k", k)
         queries, images = self.shape
+        check_length("k", k, images)
         distances = self._largest.new_full((queries, k), float("inf"))
         indices = torch.full((queries, k), -1, device=distances.device)
         kept = min(k, images)

@@ -16,6 +16,7 @@ from apd_kernels.evaluation.rows import check_places
 
 AVERAGE_PRECISIONS = ("rectangular", "trapezoidal")
 TIES = ("pessimistic", "optimistic", "expected")
+_LONGEST_CMC = 1 << 24  # 128 MB
 _SUMMED = 64  # images at one distance up to which a sum is taken term by term
 
 
@@ -247,8 +248,8 @@ def check_options(ap: str, ties: str, max_rank: int) -> None:
     check_choice("ties", ties, TIES)
     if isinstance(max_rank, bool) or not isinstance(max_rank, int):
         raise TypeError(f"max_rank: expected an int, got {type(max_rank).__name__}")
-    if max_rank < 1:
-        raise ValueError(f"max_rank: expected at least 1, got {max_rank}")
+    if not 1 <= max_rank <= _LONGEST_CMC:
+        raise ValueError(f"max_rank: expected from 1 to {_LONGEST_CMC:,}, got {max_rank}")
 
 
 def check_labels(

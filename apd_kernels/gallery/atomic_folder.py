@@ -85,7 +85,7 @@ def save_folder(
             if made and not any(path.iterdir()):
                 path.rmdir()
         if made:
-            _flush_folder(path.parent)
+            flush_folder(path.parent)
 
 
 def _write(path: Path, manifest: dict[str, Any], files: Mapping[str, Callable[[HashingWriter], None]]) -> None:
@@ -104,9 +104,9 @@ def _write(path: Path, manifest: dict[str, Any], files: Mapping[str, Callable[[H
     with draft.open("xb") as file:
         file.write(_rendered(manifest))
         _flush(file)
-    _flush_folder(path)  # the data files' names reach the disk before the manifest that points to them
+    flush_folder(path)  # the data files' names reach the disk before the manifest that points to them
     os.replace(draft, path / MANIFEST)
-    _flush_folder(path)
+    flush_folder(path)
 
 
 def _sweep(path: Path) -> None:
@@ -260,7 +260,7 @@ def _flush(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _flush_folder(path: Path) -> None:
+def flush_folder(path: Path) -> None:
     if os.name == "posix":  # elsewhere a folder cannot be opened
         folder = os.open(path, os.O_RDONLY)
         try:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apd_kernels._core.checks import check_choice, check_number
+from apd_kernels._core.checks import check_choice, check_length, check_number
 from apd_kernels._core.operands import METRICS
 from apd_kernels.evaluation.neighbors import knn
 from apd_kernels.evaluation.retrieval_metrics import checked_unlabelled
@@ -325,6 +325,7 @@ class Gallery:
         self._check_fingerprint(fingerprint)
         rows = checked_rows("queries", queries, self.dim, self.metric)
         _check_positive("k", k)
+        check_length("k", int(k), len(self))
         unlabelled = checked_unlabelled(junk, unknown_camera)
         same = None
         if exclude_same is not None:
@@ -428,6 +429,8 @@ class Gallery:
             about = {"index": stored.index, "fingerprint": stored.fingerprint}
             gallery = cls(stored.dim, stored.metric, engine=engine, device=chosen, **about)  # type: ignore[arg-type]
             gallery._rows.adopt(stored.rows, mmap, stored.largest_norm, stored.zero)
+            if verify and not (gallery._rows.finite() and np.isfinite(gallery._rows.largest_norm)):
+                raise GalleryError(f"{path}: damaged: it holds rows that are not finite")
             if gallery._approximate is not None:
                 gallery._approximate.adopt(stored.approximate, mmap)
             gallery._columns, gallery.notes = stored.columns, stored.notes

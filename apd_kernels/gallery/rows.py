@@ -81,6 +81,10 @@ class GalleryRows:
         rows: np.ndarray = import_faiss().rev_swig_ptr(self.index.get_xb(), len(self) * self.dim)
         return rows.reshape(-1, self.dim)
 
+    def finite(self) -> bool:
+        """Whether all rows are: nothing else can have been added."""
+        return all(np.isfinite(part).all() for part in np.array_split(self.matrix(), 1 + len(self) // 65536))
+
     def tensor(self) -> Tensor:
         """The same on `device`."""
         if self._tensor is None:

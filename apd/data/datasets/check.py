@@ -10,10 +10,23 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from apd.data.datasets.lists import absent
 from apd.data.datasets.registry import DataSet
 from apd.data.datasets.specs import DataSpec, present_parts, read_dataset
 from apd.data.images import load_image
-from apd.data.market import DISTRACTOR, FOLDERS, Counts, ReidFolder, Sample, count_samples, first_of, folder_of
+from apd.data.market import (
+    DISTRACTOR,
+    FOLDERS,
+    NO_ANSWERS,
+    Counts,
+    ReidFolder,
+    Sample,
+    count_samples,
+    first_of,
+    folder_of,
+    labels,
+    unanswered,
+)
 from apd.errors import DataWarning, InputError
 
 _THREADS = min(8, os.cpu_count() or 1)
@@ -35,6 +48,7 @@ class Report:
     folder: ReidFolder
     parts: dict[str, PartCounts]
     findings: list[str]  # a sentence each; none if all is well
+    unanswered: int | None  # queries without an image of their identity from another camera; None: no such test
 
 
 def check_dataset(spec: DataSpec) -> Report:
@@ -49,7 +63,12 @@ def check_dataset(spec: DataSpec) -> Report:
         for part in FOLDERS
         if (samples := getattr(folder, part))
     }
-    return Report(spec.dataset, folder, parts, findings)
+    lost = None
+    if folder.query and folder.gallery:
+        lost = unanswered(labels(folder.query), labels(folder.gallery))
+    if lost is not None and lost == len(folder.query):
+        findings.append(f"{folder.path}: {NO_ANSWERS}")
+    return Report(spec.dataset, folder, parts, findings, lost)
 
 
 def _read_what_is_there(spec: DataSpec) -> tuple[ReidFolder, list[str]]:
@@ -69,6 +88,12 @@ def _read_what_is_there(spec: DataSpec) -> tuple[ReidFolder, list[str]]:
             whole = {part: next((s for one in found if (s := getattr(one, part))), ()) for part in parts}
             folder = folder_of(found[0].path, whole, sum(one.junk for one in found))
     messages = [str(warning.message) for warning in caught if issubclass(warning.category, DataWarning)]
+    missing = absent(sample.path for part in FOLDERS for sample in getattr(folder, part))
+    if missing:
+        of = "image is" if len(missing) == 1 else "images are"
+        errors.append(
+            f"{folder.path}: {len(missing)} {of} not there: {first_of(_relative(p, folder.path) for p in missing)}"
+        )
     return folder, [*errors, *dict.fromkeys(messages)]
 
 

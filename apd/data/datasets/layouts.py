@@ -12,7 +12,18 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from apd.data.market import FOLDERS, ReidFolder, Sample, first_of, folder_of, image_names, read_market
+from apd.data.market import (
+    FOLDERS,
+    UNKNOWN,
+    ReidFolder,
+    Sample,
+    first_of,
+    folder_of,
+    folders_with_images,
+    image_names,
+    label_of,
+    read_market,
+)
 from apd.errors import DataWarning, InputError
 
 Label = Callable[[re.Match[str]], tuple[int, int] | None]  # identity and camera of a name; None: it cannot be one
@@ -66,6 +77,30 @@ class _Listing:
 
 def warn(message: str) -> None:
     warnings.warn(message, DataWarning, stacklevel=3)
+
+
+def read_pictures(root: Path, parts: Sequence[str], cameras: bool = True) -> ReidFolder:
+    """A folder of images, all of them in every part: who is on them is known (−1: not) where a name says it.
+
+    Args:
+        root: the folder; those within it are not read.
+        parts: "query" or "gallery".
+        cameras: as for `apd.data.market.read_market`.
+
+    Warns:
+        DataWarning: images in folders within it, and pictures of a kind that is not read.
+
+    Raises:
+        InputError: it holds no image.
+    """
+    names = image_names(root, ".", "a folder of images is expected")
+    inner = folders_with_images(root)
+    if not names:
+        raise InputError(f"{root}: no images in this folder{f', only in {first_of(inner)} within it' * bool(inner)}")
+    if inner:
+        warn(f"{root}: images in folders within it are not read: {first_of(inner)}")
+    samples = [Sample(root / name, *(label_of(name, cameras=cameras) or (UNKNOWN, UNKNOWN))) for name in names]
+    return folder_of(root, dict.fromkeys(parts, samples))
 
 
 def _number(match: re.Match[str]) -> int:

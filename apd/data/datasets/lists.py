@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from apd.data.datasets.layouts import warn
-from apd.data.market import DISTRACTOR, FOLDERS, ReidFolder, Sample, first_of, folder_of
+from apd.data.market import DISTRACTOR, FOLDERS, UNKNOWN, ReidFolder, Sample, first_of, folder_of
 from apd.errors import InputError
 
 _MSMT17_LISTS = {
@@ -19,11 +20,12 @@ _MSMT17_LISTS = {
 }
 _MSMT17_FOLDERS = {"v1": ("train", "test"), "v2": ("mask_train_v2", "mask_test_v2")}
 # The camera is the third field: 0013/0013_003_01_0303morning_0164_1_ex.jpg is of camera 1.
-_MSMT17_LINE = re.compile(r"(?P<file>[^\s_]+_[^\s_]+_(?P<camid>[0-9]{1,3})_\S+) +(?P<pid>[0-9]{1,4})")
+_MSMT17_LINE = re.compile(r"(?P<file>[^\s_]+_[^\s_]+_(?P<camid>[0-9]{1,3})_\S+)\s+(?P<pid>[0-9]{1,4})")
 _MSMT17_TEST = 10_000  # added to the identities of the test, which are numbered from 0 again
 
 _COLUMNS = ("path", "pid", "camid", "split")
-_LARGEST = 2**31 - 1  # identities and cameras are int32 in feature files
+_WITHOUT = {"pid": "-1", "camid": "-1", "split": "gallery"}  # what an absent column says of images to describe
+_LARGEST = 2**63 - 1  # what a feature file holds
 
 
 def read_msmt17(root: Path, parts: Sequence[str], variant: str) -> ReidFolder:
@@ -48,25 +50,33 @@ def read_msmt17(root: Path, parts: Sequence[str], variant: str) -> ReidFolder:
         if not (root / folder).is_dir():
             raise InputError(f"{root}: no folder {folder!r}, which MSMT17 {variant.upper()} has")
     found: dict[str, list[Sample]] = {}
-    missing: list[str] = []
-    folders: dict[Path, set[str]] = {}
+    missing: set[Path] = set()
     for part in parts:
         folder, offset = (train, 1) if part == "train" else (test, _MSMT17_TEST + 1)
-        samples = []
-        for name in _MSMT17_LISTS[part]:
-            for file, pid, camid in _msmt17_lines(root / name):
-                path = root / folder / file
-                if path.parent not in folders:  # one listing a person instead of one look a file
-                    folders[path.parent] = {p.name for p in path.parent.iterdir()} if path.parent.is_dir() else set()
-                if path.name in folders[path.parent]:
-                    samples.append(Sample(path, pid + offset, camid))
-                else:
-                    missing.append(f"{folder}/{file}")
-        found[part] = samples
+        listed = [
+            Sample(root / folder / file, pid + offset, camid)
+            for name in _MSMT17_LISTS[part]
+            for file, pid, camid in _msmt17_lines(root / name)
+        ]
+        missing.update(absent(sample.path for sample in listed))
+        found[part] = [sample for sample in listed if sample.path not in missing]
     if missing:
         of = "listed image is" if len(missing) == 1 else "listed images are"
-        warn(f"{root}: {len(missing)} {of} not there: {first_of(missing)}")
+        names = (path.relative_to(root).as_posix() for path in sorted(missing))
+        warn(f"{root}: {len(missing)} {of} not there: {first_of(names)}")
     return folder_of(root, found)
+
+
+def absent(paths: Iterable[Path]) -> list[Path]:
+    """Which of these are no files, by one listing a folder instead of one look a file."""
+    folders: dict[Path, set[str]] = {}
+    missing = []
+    for path in paths:
+        if path.parent not in folders:
+            folders[path.parent] = set(os.listdir(path.parent)) if path.parent.is_dir() else set()
+        if path.name not in folders[path.parent]:
+            missing.append(path)
+    return missing
 
 
 def msmt17_variant(root: Path) -> str:
@@ -77,6 +87,8 @@ def msmt17_variant(root: Path) -> str:
 
 def _msmt17_lines(path: Path) -> Iterator[tuple[str, int, int]]:
     for number, line in enumerate(_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
         match = _MSMT17_LINE.fullmatch(line.strip())
         if match is None or not int(match["camid"]):
             raise InputError(
@@ -85,33 +97,45 @@ def _msmt17_lines(path: Path) -> Iterator[tuple[str, int, int]]:
         yield match["file"], int(match["pid"]), int(match["camid"])
 
 
-def read_manifest(path: Path, parts: Sequence[str]) -> ReidFolder:
+def read_manifest(path: Path, parts: Sequence[str], unlabelled: bool = False) -> ReidFolder:
     """A CSV file with a line an image: path, pid, camid, split, and perhaps domain.
 
-    The first line names the columns. Paths are relative to the file's folder, and within it; cameras count from 1;
-    split is train, query or gallery; identity −1 is junk, which is left out, and 0 a distractor of the gallery. Where
-    there are several domains, an identity is a person only within its domain, and so is a camera: they are numbered on
-    from those of the domain before (in the order of their names).
+    The first line names the columns. Paths are relative to the file's folder, and within it; cameras count from 1, and
+    −1 is not known; split is train, query or gallery; identity −1 is junk, which is left out, and 0 a distractor of the
+    gallery. Where there are several domains, an identity is a person only within its domain, and so is a camera: they
+    are numbered on from those of the domain before (in the order of their names).
+
+    Args:
+        path: the file.
+        parts: which of "train", "query" and "gallery" to read.
+        unlabelled: images are only described. Then columns but path may be absent (−1, and gallery), and where no line
+            has an identity none is junk.
 
     Warns:
-        DataWarning: identities that are both in train and in query or gallery.
+        DataWarning: lines that are there twice, which count once; images that are listed with two identities or
+            cameras; identities that are both in train and in query or gallery.
 
     Raises:
         InputError: the file is missing, or a line is no such line; the message has its number.
     """
-    rows = list(_manifest_rows(path))
+    listed, notes = _distinct(_manifest_rows(path, unlabelled))
+    for note in notes:
+        warn(f"{path}: {note}")
+    rows = [(split, sample) for split, sample, _ in listed]
     offsets = _domain_offsets(path, rows)
+    keep_unknown = unlabelled and all(sample.pid == UNKNOWN for _, sample in rows)
     found: dict[str, list[Sample]] = {part: [] for part in FOLDERS}
     junk = 0
     for split, sample in rows:
         if split not in parts:
             continue
-        if sample.pid < 0:
+        if sample.pid == UNKNOWN and not keep_unknown:
             junk += 1
             continue
         pids, camids = offsets[sample.domain]
-        pid = sample.pid + pids if sample.pid != DISTRACTOR else DISTRACTOR
-        found[split].append(Sample(sample.path, pid, sample.camid + camids, sample.domain))
+        pid = sample.pid + pids if sample.pid > DISTRACTOR else sample.pid
+        camid = sample.camid + camids if sample.camid != UNKNOWN else UNKNOWN
+        found[split].append(Sample(sample.path, pid, camid, sample.domain))
     tested = {sample.pid for sample in (*found["query"], *found["gallery"])} - {DISTRACTOR}
     both = sorted(tested.intersection(sample.pid for sample in found["train"]))
     if both:
@@ -120,29 +144,65 @@ def read_manifest(path: Path, parts: Sequence[str]) -> ReidFolder:
     return folder_of(path.parent, found, junk)
 
 
-def manifest_parts(path: Path) -> list[str]:
+def manifest_parts(path: Path, unlabelled: bool = False) -> list[str]:
     """The parts that a manifest has images of."""
-    splits = {split for split, _ in _manifest_rows(path)}
+    splits = {split for split, _, _ in _manifest_rows(path, unlabelled)}
     return [part for part in FOLDERS if part in splits]
 
 
-def _manifest_rows(path: Path) -> Iterator[tuple[str, Sample]]:
+_Line = tuple[str, Sample, int]  # split, image, number of its line
+
+
+def _distinct(rows: Iterator[_Line]) -> tuple[list[_Line], list[str]]:
+    """Each line once, and what is to be said of the others."""
+    kept: dict[tuple[str, Sample], _Line] = {}
+    labels: dict[tuple[str, Path], _Line] = {}
+    repeated, contradicting = [], []
+    for line in rows:
+        split, sample, number = line
+        if (first := kept.setdefault((split, sample), line)) is not line:
+            repeated.append(f"line {number} is line {first[2]}")
+        elif (other := labels.setdefault((sample.domain, sample.path), line)) is not line and (
+            (other[1].pid, other[1].camid) != (sample.pid, sample.camid)
+        ):
+            contradicting.append(f"{sample.path.name} in lines {other[2]} and {number}")
+    notes = []
+    if repeated:
+        of = "line is" if len(repeated) == 1 else "lines are"
+        notes.append(f"{len(repeated)} {of} there twice, and counted once: {first_of(repeated)}")
+    if contradicting:
+        of = "image is" if len(contradicting) == 1 else "images are"
+        notes.append(f"{len(contradicting)} {of} listed with two identities or cameras: {first_of(contradicting)}")
+    return list(kept.values()), notes
+
+
+def _manifest_rows(path: Path, unlabelled: bool) -> Iterator[_Line]:
     reader = csv.DictReader(io.StringIO(_text(path), newline=""))
     try:
-        names = reader.fieldnames or []
-        absent = [column for column in _COLUMNS if column not in names]
-        if absent:
-            raise InputError(
-                f"{path}: no column {absent[0]!r}; expected {','.join(_COLUMNS)}[,domain] in the first line"
-            )
+        names = list(reader.fieldnames or [])
+        _check_columns(path, names, _COLUMNS[:1] if unlabelled else _COLUMNS)
         for row in reader:
             if None in row or None in row.values():
                 raise InputError(
                     f"{path}: line {reader.line_num}: expected {len(names)} values, as the first line names"
                 )
-            yield _manifest_row(path, f"{path}: line {reader.line_num}", row)
+            where = f"{path}: line {reader.line_num}"
+            yield *_manifest_row(path, where, {**_WITHOUT, **row} if unlabelled else row), reader.line_num
     except csv.Error as error:
         raise InputError(f"{path}: line {reader.line_num}: {error}") from error
+
+
+def _check_columns(path: Path, names: Sequence[str], wanted: Sequence[str]) -> None:
+    absent = [column for column in wanted if column not in names]
+    if not absent:
+        return
+    expected = f"expected {','.join(_COLUMNS)}[,domain] in the first line, got {','.join(names)[:200]!r}"
+    hint = ""
+    if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0]), None)):
+        hint = f"; values are separated by {other!r}, not by a comma"
+    elif absent[0] in [name.strip().lower() for name in names]:
+        hint = "; names are without spaces and capitals"
+    raise InputError(f"{path}: no column {absent[0]!r}; {expected}{hint}")
 
 
 def _manifest_row(path: Path, where: str, row: dict[str, str]) -> tuple[str, Sample]:
@@ -151,14 +211,18 @@ def _manifest_row(path: Path, where: str, row: dict[str, str]) -> tuple[str, Sam
         raise InputError(f"{where}: path: expected one within the folder of the file, got {row['path']!r}")
     if split not in FOLDERS:
         raise InputError(f"{where}: split: expected {', '.join(FOLDERS)}, got {split!r}")
-    pid, camid = _whole(where, "pid", row["pid"], -1), _whole(where, "camid", row["camid"], 1)
+    pid, camid = _whole(where, "pid", row["pid"], -1), _whole(where, "camid", row["camid"], -1)
+    if camid == 0:
+        raise InputError(f"{where}: camid: expected a whole number from 1, got '0'; an unknown camera is -1")
     if pid == DISTRACTOR and split != "gallery":
-        raise InputError(f"{where}: pid: 0 is a distractor, which only a gallery has, got split {split!r}")
+        raise InputError(
+            f"{where}: pid: 0 is a distractor, which only a gallery has, got split {split!r}; people count from 1"
+        )
     return split, Sample(path.parent / file, pid, camid, row.get("domain") or "")
 
 
 def _whole(where: str, column: str, text: str, least: int) -> int:
-    if re.fullmatch(r"-?[0-9]{1,10}", text.strip()) and least <= int(text) <= _LARGEST:
+    if re.fullmatch(r"-?[0-9]{1,19}", text.strip()) and least <= int(text) <= _LARGEST:
         return int(text)
     raise InputError(f"{where}: {column}: expected a whole number from {least}, got {text!r}")
 
@@ -170,9 +234,9 @@ def _domain_offsets(path: Path, rows: Sequence[tuple[str, Sample]]) -> dict[str,
         offsets[domain] = (pids, camids)
         own = [sample for _, sample in rows if sample.domain == domain]
         pids += max(0, *(sample.pid for sample in own))
-        camids += max(sample.camid for sample in own)
+        camids += max(0, *(sample.camid for sample in own))
     if max(pids, camids) > _LARGEST:
-        raise InputError(f"{path}: pid, camid: too large to number the domains on: expected a sum below 2³¹")
+        raise InputError(f"{path}: pid, camid: too large to number the domains on: expected a sum below 2⁶³")
     return offsets
 
 

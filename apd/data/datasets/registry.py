@@ -13,12 +13,13 @@ from apd.data.datasets.layouts import (
     read_cuhk_sysu,
     read_grid,
     read_ilids,
+    read_pictures,
     read_prid,
     read_viper,
 )
 from apd.data.datasets.lists import msmt17_variant, read_manifest, read_msmt17
 from apd.data.datasets.ten_splits import grid_splits, half_by_camera, half_by_image
-from apd.data.market import FOLDERS, ReidFolder, read_market
+from apd.data.market import ENDINGS, FOLDERS, ReidFolder, read_market
 from apd.data.splits import Split
 
 ALL = tuple(FOLDERS)
@@ -62,7 +63,8 @@ class DataSet:
 
         The reader then says what is missing.
         """
-        folders = [path, *(path / name for name in self.inside)]
+        # What is unpacked into a folder of its own name lies in two.
+        folders = [path, *(path / name for name in self.inside), *(path / name / name for name in self.inside)]
         if variant is not None:  # MSMT17_V2 before MSMT17_V1 where both are there
             folders.sort(key=lambda folder: not folder.name.lower().endswith(variant))
         return next((folder for folder in folders if any(_lies_in(folder, layout) for layout in self.layouts)), path)
@@ -82,6 +84,9 @@ def _lies_in(folder: Path, layout: tuple[str, ...]) -> bool:
 
 MARKET_LAYOUT = DataSet("market", "any data set in the layout of Market-1501", "–", read_market, _MARKET_LAYOUT)
 MANIFEST = DataSet("csv", "CSV file: path,pid,camid,split[,domain]", "–", read_manifest, ())
+PICTURES = DataSet(
+    "pictures", "a folder of images without labels, to describe and to search", "–", read_pictures, (), parts=TEST
+)
 
 _KNOWN = (
     DataSet(
@@ -219,7 +224,7 @@ _KNOWN = (
         cameras_known=False,
     ),
 )
-DATASETS: dict[str, DataSet] = {dataset.name: dataset for dataset in (*_KNOWN, MARKET_LAYOUT, MANIFEST)}
+DATASETS: dict[str, DataSet] = {dataset.name: dataset for dataset in (*_KNOWN, MARKET_LAYOUT, MANIFEST, PICTURES)}
 
 
 def normal_name(name: str) -> str:
@@ -240,10 +245,14 @@ def dataset_named(name: str) -> DataSet | None:
 def recognised(path: Path) -> DataSet:
     """The data set that a folder or file without a name is, by its layout; that of Market-1501 is taken first.
 
-    A folder of no known layout is taken for one of Market-1501, whose reader says what is missing.
+    A folder of no known layout that holds images is one of pictures. Any other is taken for one of Market-1501, whose
+    reader says what is missing.
     """
     if path.suffix.lower() == ".csv" and path.is_file():
         return MANIFEST
     if any((path / folder).is_dir() for folder in FOLDERS.values()):
         return MARKET_LAYOUT
-    return next((dataset for dataset in _KNOWN if dataset.recognises(path)), MARKET_LAYOUT)
+    known = next((dataset for dataset in _KNOWN if dataset.recognises(path)), None)
+    if known is None and path.is_dir() and any(file.suffix.lower() in ENDINGS for file in path.iterdir()):
+        return PICTURES
+    return known or MARKET_LAYOUT

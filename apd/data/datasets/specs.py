@@ -7,11 +7,20 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
-from apd.data.datasets.layouts import warn
+from apd.data.datasets.layouts import read_pictures, warn
 from apd.data.datasets.lists import manifest_parts
-from apd.data.datasets.registry import DATASETS, MANIFEST, MARKET_LAYOUT, DataSet, dataset_named, recognised
-from apd.data.market import DISTRACTOR, FOLDERS, ReidFolder, Sample, folder_of
+from apd.data.datasets.registry import (
+    DATASETS,
+    MANIFEST,
+    MARKET_LAYOUT,
+    PICTURES,
+    DataSet,
+    dataset_named,
+    recognised,
+)
+from apd.data.market import DISTRACTOR, FOLDERS, ReidFolder, Sample, folder_of, read_market
 from apd.errors import InputError
 
 _NAMED = re.compile(r"(?P<name>[^/\\:+]{2,})(/(?P<variant>[^/\\:+]+))?(?P<all>\+test)?:(?P<path>.+)", re.DOTALL)
@@ -83,13 +92,21 @@ def _suggestion(name: str) -> str:
     return f"did you mean {near[0]}?" if near else f"known are {', '.join(DATASETS)}; a path needs no name"
 
 
-def read_dataset(data: str | Path | DataSpec, parts: Iterable[str] = ("train", "query", "gallery")) -> ReidFolder:
+def read_dataset(
+    data: str | Path | DataSpec,
+    parts: Iterable[str] = ("train", "query", "gallery"),
+    *,
+    cameras: bool = True,
+    unlabelled: bool = False,
+) -> ReidFolder:
     """List the images of a data set, by the name of its layout or as the folder's layout says.
 
     Args:
         data: ``NAME:PATH``, ``NAME/VARIANT:PATH``, or a path: a folder in the layout of Market-1501, or else of one of
             the known data sets, or a CSV file.
         parts: which of "train", "query" and "gallery" to read.
+        cameras: with False, names in the layout of Market-1501 need not say a camera (`apd.data.market.read_market`).
+        unlabelled: images are only described; a CSV file need not say who is on them (`read_manifest`).
 
     Returns:
         the parts; `path` is the folder that the names of its images are relative to.
@@ -103,6 +120,8 @@ def read_dataset(data: str | Path | DataSpec, parts: Iterable[str] = ("train", "
     """
     spec = DataSpec.parse(data).settled()
     dataset, wanted = spec.dataset, tuple(dict.fromkeys(parts))
+    if dataset is PICTURES and spec.name is None and len(wanted) > 1:
+        dataset = MARKET_LAYOUT  # whose reader says what is missing
     for part in wanted:
         if part not in dataset.parts:
             raise InputError(f"{spec}: {dataset.title} has no part {part!r}, only {' and '.join(dataset.parts)}")
@@ -110,12 +129,17 @@ def read_dataset(data: str | Path | DataSpec, parts: Iterable[str] = ("train", "
         raise InputError(
             f"{spec.path}: {'expected a folder, found a file' if spec.path.exists() else 'no such folder'}"
         )
-    variant = {} if spec.variant is None else {"variant": spec.variant}
-    folder = dataset.read(dataset.find(spec.path, spec.variant), wanted, **variant)
+    options: dict[str, Any] = {} if spec.variant is None else {"variant": spec.variant}
+    if dataset is MANIFEST:
+        options["unlabelled"] = unlabelled
+    elif dataset.read in (read_market, read_pictures):
+        options["cameras"] = cameras
+    folder = dataset.read(dataset.find(spec.path, spec.variant), wanted, **options)
     folder = folder_of(folder.path, {part: getattr(folder, part) for part in wanted}, folder.junk)
     for part in wanted:
         if not getattr(folder, part):
-            raise InputError(f"{spec}: no images of the part {part!r}")
+            junk = f"; left out: {folder.junk:,} of junk (identity -1)" if folder.junk else ""
+            raise InputError(f"{spec}: no images of the part {part!r}{junk}")
     for difference in differences(dataset, spec.variant, folder):
         warn(f"{folder.path}: {difference}")
     return folder
@@ -135,15 +159,17 @@ def read_source(data: str | Path | DataSpec) -> ReidFolder:
     return replace(folder, train=tuple(s for s in images if s.pid != DISTRACTOR), query=(), gallery=())
 
 
-def present_parts(data: str | Path | DataSpec) -> list[str]:
+def present_parts(data: str | Path | DataSpec, *, unlabelled: bool = False) -> list[str]:
     """The parts that a data set has; of a folder in the layout of Market-1501 those that are there.
 
-    All of them if none is there: whoever reads them says what is missing.
+    All of them if none is there: whoever reads them says what is missing. `unlabelled`: as for `read_dataset`.
     """
     spec = DataSpec.parse(data)
     dataset = spec.dataset
     if dataset is MANIFEST:
-        return manifest_parts(spec.path)
+        return manifest_parts(spec.path, unlabelled)
+    if dataset is PICTURES:
+        return ["gallery"]
     if dataset is MARKET_LAYOUT:
         return [part for part in FOLDERS if (spec.path / FOLDERS[part]).is_dir()] or list(FOLDERS)
     return list(dataset.parts)

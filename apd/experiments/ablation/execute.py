@@ -169,12 +169,18 @@ class Ablation:
             source = self.jobs[f"{job.row.generator}/{job.seed}"]
             write_bytes(generator, (source.path / GENERATOR).read_bytes())
         console.print(f"{job.name}: training, {threads} thread{'s' * (threads > 1)}")
-        command = [sys.executable, "-m", "apd.experiments.ablation.worker", str(job.path), self.device]
-        # Run from anywhere, it must find the package that this process runs.
-        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH")]))
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
+        command = [sys.executable, "-m", "apd.experiments.ablation.worker", str(job.path.resolve()), self.device]
+        # Run from anywhere, it must find the package that this process runs, and nothing that lies where it is run.
+        path = os.pathsep.join(
+            os.path.abspath(place)
+            for place in [str(Path(__file__).parents[3]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+            if place
+        )
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
         with (job.path / LOG).open("ab") as log:
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment)
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, cwd=job.path
+            )
             self._processes.add(process)
             if self._stopped.is_set():
                 process.kill()

@@ -11,7 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
-from apd.errors import InputError
+from apd.errors import InputError, Interrupted
 
 
 def main(run: str, device: str) -> None:
@@ -21,7 +21,7 @@ def main(run: str, device: str) -> None:
 
     try:
         train_run(Run(Path(run)), device)
-    except InputError as error:
+    except (InputError, Interrupted) as error:
         sys.exit(f"Error: {error}")
 
 

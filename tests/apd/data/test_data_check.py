@@ -87,6 +87,24 @@ def test_overlap_and_names_are_findings(tmp_path: Path) -> None:
     assert "1 file is left out, not named" in text
 
 
+def test_queries_without_an_answer_are_counted(tmp_path: Path) -> None:
+    path = draw_data_set(tmp_path / "drawn")
+    (path / "bounding_box_test" / "0003_c2s1_000001_00.png").unlink()
+    text = run("data", "check", path)
+    assert "queries without an answer from another camera: 1 of 5" in text
+    for image in (path / "bounding_box_test").glob("*_c2s1_*"):
+        image.unlink()
+    text = run("data", "check", path, code=2)
+    assert "queries without an answer from another camera: 5 of 5" in text
+    assert "no query has an image of its identity from another camera in the gallery; --ignore-cameras" in text
+
+
+def test_images_of_a_manifest_that_are_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("path,pid,camid,split\nx.csv,1,1,query\nb/c.png,1,2,gallery\n")
+    assert f"{tmp_path}: 1 image is not there: b/c.png" in run("data", "check", path, code=2)
+
+
 def test_errors(tmp_path: Path) -> None:
     assert "no such folder" in error("data", "check", tmp_path / "x")
     assert "did you mean viper?" in error("data", "check", tmp_path, "--as", "vipr")

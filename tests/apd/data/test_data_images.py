@@ -53,7 +53,9 @@ def _assert_same(found: np.ndarray, expected: np.ndarray, tolerance: float = 0) 
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.JPG", "a.jpeg", "a.png", "a", "name with space é.jpg"])
-@pytest.mark.parametrize(("kind", "tolerance"), [("PNG", 0), ("BMP", 0), ("JPEG", 4)])
+@pytest.mark.parametrize(
+    ("kind", "tolerance"), [("PNG", 0), ("BMP", 0), ("JPEG", 4), ("TIFF", 0), ("PPM", 0), ("JPEG2000", 4)]
+)
 def test_content_decides(tmp_path: Path, name: str, kind: str, tolerance: int) -> None:
     path = _written(tmp_path / name, _encoded(_picture(), kind))
     _assert_same(load_image(path, None), _picture(), tolerance)
@@ -199,7 +201,7 @@ UNREADABLE = {
     "PNG without pixels": _png_header(64, 128),
     "wrong checksum": _noise("PNG")[:40] + b"\0\0\0\0" + _noise("PNG")[44:],
     "decompression bomb": _png_header(100_000, 100_000),
-    "another format": _encoded(_picture(), "GIF"),
+    "another format": _encoded(_picture(), "TGA"),
     "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 128\nshowpage\n",
 }
 
@@ -222,6 +224,18 @@ def test_too_many_pixels(tmp_path: Path, width: int, height: int) -> None:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         with pytest.raises(InputError, match=f"expected an image of at most .* pixels, got {width} × {height}"):
             load_image(path, (128, 64))
+
+
+def test_floating_point_pixels(tmp_path: Path) -> None:
+    path = _written(tmp_path / "a.tif", _encoded(np.ones((8, 4), np.float32), "TIFF"))
+    with pytest.raises(InputError, match="floating point pixels, whose white is not known"):
+        load_image(path, None)
+
+
+def test_first_frame(tmp_path: Path) -> None:
+    colours = [Image.new("RGB", (4, 8), colour) for colour in ("red", "blue")]
+    colours[0].save(tmp_path / "a.gif", save_all=True, append_images=colours[1:])
+    assert (load_image(tmp_path / "a.gif", None) == [255, 0, 0]).all()
 
 
 def test_no_file(tmp_path: Path) -> None:

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from apd.data.market import FOLDERS, Counts, count_samples, read_market
+from apd.data.datasets import read_source
+from apd.data.images import FORMATS
+from apd.data.market import ENDINGS, FOLDERS, Counts, count_samples, labels, read_market, unanswered
 from apd.errors import DataWarning, InputError
 from apd_kernels import rank_metrics
 
@@ -56,6 +59,9 @@ def test_parts(tmp_path: Path) -> None:
         ("0006_c1s1_000007_00.png", 6, 1),
         ("0006_c1s1_000007_00.bmp", 6, 1),
         ("0006_c1s1_000007_00.webp", 6, 1),
+        ("0006_c1s1_000007_00.TIF", 6, 1),
+        ("0006_c1s1_000007_00.gif", 6, 1),
+        ("1700000000123_c1s1_000007_00.jpg", 1700000000123, 1),
         ("7_c3s14_000007_00 é.jpg", 7, 3),
         ("0008_c6_f0046985.jpg", 8, 6),  # DukeMTMC-reID
     ],
@@ -67,8 +73,6 @@ def test_names_taken(tmp_path: Path, name: str, pid: int, camid: int) -> None:
 IGNORED = [
     "-1_c1s1_000008_00.jpg",
     "0004_c1s1_000017_00.jpg.bak",
-    "0004_c1s1_000017_00.gif",
-    "0004_c1s1_000017_00",
     "Thumbs.db",
     "._0001_c1s1_000001_00.jpg",
     ".0001_c1s1_000001_00.jpg",
@@ -82,6 +86,99 @@ def test_names_ignored(tmp_path: Path, part: str, name: str) -> None:
     folder = _folder(tmp_path / "with", **{part: [*NOTHING_WRONG[part], name]})
     (folder / FOLDERS[part] / "0007_c1s1_000018_00.jpg").mkdir()
     assert _read_silently(folder) == expected
+
+
+UNREAD = ["0004_c1s1_000017_00.heic", "0004_c1s1_000017_00.AVIF", "IMG_1.psd", "0004_c1s1_000017_00"]
+
+
+def test_pictures_that_are_not_read_are_counted_and_named(tmp_path: Path) -> None:
+    expected = _read_silently(_folder(tmp_path / "without"))
+    path = _folder(tmp_path / "with", query=[*NOTHING_WRONG["query"], *UNREAD])
+    with pytest.warns(DataWarning) as warned:
+        folder = read_market(path)
+    assert {part: [(s.path.name, s.pid, s.camid) for s in getattr(folder, part)] for part in FOLDERS} == expected
+    (warning,) = warned
+    assert f"{path}: 4 files are left out, pictures of a kind that is not read" in str(warning.message)
+    assert all(f"query/{name}" in str(warning.message) for name in UNREAD)
+    with pytest.raises(InputError, match="4 files"):
+        read_market(path, strict=True)
+
+
+def test_every_ending_is_of_a_format_that_is_read() -> None:
+    Image.init()
+    assert {Image.registered_extensions()[ending] for ending in ENDINGS} <= set(FORMATS)
+
+
+def test_names_without_a_camera(tmp_path: Path) -> None:
+    """Only where cameras are ignored: otherwise a frame number would be a person."""
+    names = ["0012_7.jpg", "0013.jpg", "0014_c2s1_000001_00.jpg", "0015_c0s1_000001_00.jpg", "IMG_2.jpg"]
+    path = _folder(tmp_path, query=names)
+    with pytest.warns(DataWarning, match="1 file is left out, not named <identity>_…"):
+        folder = read_market(path, ("query", "gallery"), cameras=False)
+    assert labels(folder.query) == [(12, -1), (13, -1), (14, 2), (15, -1)]
+    with pytest.warns(DataWarning, match="4 files are left out"):
+        assert labels(read_market(path, ("query",)).query) == [(14, 2)]
+    path = _folder(tmp_path / "none", query=names[:2])
+    with pytest.warns(DataWarning), pytest.raises(InputError, match=r"read by apd evaluate --ignore-cameras$"):
+        read_market(path)
+
+
+def test_a_folder_for_each_person_is_no_part(tmp_path: Path) -> None:
+    path = _folder(tmp_path, query=[])
+    (path / "query" / "0010").mkdir()
+    (path / "query" / "0010" / "1.jpg").touch()
+    with pytest.raises(
+        InputError, match=r"query: no images named .*; 0010 is a folder of images, perhaps of one person"
+    ):
+        read_market(path)
+
+
+def _numbered(path: Path, train: list[int], test: list[int]) -> Path:
+    names = {"train": [f"{pid:04}_c1_1.jpg" for pid in train], "query": [f"{pid:04}_c1_1.jpg" for pid in test]}
+    return _folder(path, **names, gallery=[f"{pid:04}_c2_1.jpg" for pid in test])
+
+
+@pytest.mark.filterwarnings("ignore::apd.errors.DataWarning")
+def test_people_numbered_from_0_in_both_halves(tmp_path: Path) -> None:
+    """MSMT17 in the layout of Market-1501: 0 is a person, and a number is two people."""
+    path = _numbered(tmp_path, [0, 1, 2, 3], [0, 1, 2])
+    with pytest.warns(DataWarning, match="people are numbered from 0 in both halves") as warned:
+        folder = read_market(path)
+    assert len(warned) == 1
+    assert [s.pid for s in folder.train] == [1, 2, 3, 4]
+    assert [s.pid for s in folder.query] == [s.pid for s in folder.gallery] == [10001, 10002, 10003]
+    for part in FOLDERS:  # whatever is read with it
+        assert getattr(read_market(path, (part,)), part) == getattr(folder, part)
+    assert sorted({s.pid for s in read_source(f"market+test:{path}").train}) == [1, 2, 3, 4, 10001, 10002, 10003]
+
+
+@pytest.mark.filterwarnings("ignore::apd.errors.DataWarning")
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ([0, 1, 2, 3], [0, 10, 11, 12]),  # junk in train, distractors in the gallery
+        ([0, 1], [0, 10]),
+        ([1, 2, 3], [0, 1, 2]),  # train counts from 1
+        ([0, 1, 2, 3, 4, 5], [0, 5, 10, 11, 12]),  # a fourth of the numbers is shared
+        ([0], [0]),
+    ],
+)
+def test_0_otherwise_stays_a_distractor(tmp_path: Path, train: list[int], test: list[int]) -> None:
+    gallery = read_market(_numbered(tmp_path, train, test), ("gallery",)).gallery
+    assert [s.pid for s in gallery] == test
+
+
+@pytest.mark.parametrize(
+    ("query", "gallery", "cameras", "lost"),
+    [
+        ([(1, 1), (2, 1)], [(1, 1), (2, 2)], True, 1),
+        ([(1, 1), (2, 1)], [(1, 1), (2, 2)], False, 0),
+        ([(1, -1), (2, 1), (3, 1)], [(1, -1), (2, -1), (4, 2)], True, 1),  # an unknown camera is no one's own
+        ([(-1, 1)], [(-1, 2)], True, 1),
+    ],
+)
+def test_unanswered(query: list[tuple[int, int]], gallery: list[tuple[int, int]], cameras: bool, lost: int) -> None:
+    assert unanswered(query, gallery, cameras=cameras) == lost
 
 
 MISNAMED = [
@@ -166,7 +263,8 @@ def test_overlap(tmp_path: Path, part: str) -> None:
 @pytest.mark.parametrize("names", [[], ["Thumbs.db"], ["-1_c1s1_000001_00.jpg"]])
 def test_no_images(tmp_path: Path, part: str, names: list[str]) -> None:
     path = _folder(tmp_path, **{part: names})
-    with pytest.raises(InputError, match=f"{FOLDERS[part]}: no images named"):
+    junk = ".*; 1 image is left out as junk" if names[:1] == ["-1_c1s1_000001_00.jpg"] else ""
+    with pytest.raises(InputError, match=f"{FOLDERS[part]}: no images named{junk}"):
         read_market(path)
 
 

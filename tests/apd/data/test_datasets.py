@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 
@@ -141,6 +142,14 @@ def test_msmt17(tmp_path: Path) -> None:
     with (two / "list_train.txt").open("a") as lines:
         lines.write(f"{extra} 0\n")
     assert (Path(extra).name, 1, 12) in labels(read(two)[0].train)
+
+    listed = two / "list_query.txt"  # as editors leave it
+    listed.write_text(listed.read_text().replace(" ", "\t") + "\n \n")
+    assert read(two)[0].query == read(f"msmt17/v2:{tmp_path}")[0].query != ()
+    nested = tmp_path / "zip" / "MSMT17_V2"  # unpacked into a folder of its name
+    nested.parent.mkdir()
+    shutil.copytree(two, nested / "MSMT17_V2")
+    assert read(f"msmt17:{nested.parent}")[0].path == nested / "MSMT17_V2"
 
     (one / "train" / "0000" / "0000_001_02_0303morning_0001_1.jpg").unlink()
     folder, said = read(f"msmt17:{one}")
@@ -423,7 +432,7 @@ def test_manifest_of_domains(tmp_path: Path) -> None:
     [
         ("a.png,x,1,train", "line 3: pid: expected a whole number from -1, got 'x'"),
         ("a.png,1,0,train", "line 3: camid: expected a whole number from 1, got '0'"),
-        ("a.png,99999999999,1,train", "line 3: pid: expected a whole number"),
+        ("a.png,99999999999999999999,1,train", "line 3: pid: expected a whole number"),
         ("a.png,1,1,test", "line 3: split: expected train, query, gallery, got 'test'"),
         ("a.png,0,1,train", "line 3: pid: 0 is a distractor"),
         ("/a.png,1,1,train", "line 3: path: expected one within the folder"),
@@ -449,3 +458,73 @@ def test_manifests_that_are_none(tmp_path: Path) -> None:
         read(tmp_path / "bytes.csv")
     with pytest.raises(InputError, match="no images of the part 'train'"):
         read(manifest(tmp_path / "y.csv"), "train")
+
+
+@pytest.mark.parametrize(
+    ("header", "hint"),
+    [
+        ("path;pid;camid;split", "got 'path;pid;camid;split'; values are separated by ';', not by a comma"),
+        ("path\tpid\tcamid\tsplit", "values are separated by '\\\\t'"),
+        ("path, pid, camid, split", "no column 'pid'; .*; names are without spaces and capitals"),
+        ("Path,PID,CamID,Split", "no column 'path'; .*, got 'Path,PID,CamID,Split'; names are without"),
+    ],
+)
+def test_headers_that_are_nearly_right(tmp_path: Path, header: str, hint: str) -> None:
+    with pytest.raises(InputError, match=hint):
+        read(manifest(tmp_path / "x.csv", "a.png,1,1,train", header=header))
+
+
+def test_lines_that_are_there_twice(tmp_path: Path) -> None:
+    path = manifest(
+        tmp_path / "x.csv",
+        "a.png,1,1,query",
+        "b.png,1,2,gallery",
+        "b.png,1,2,gallery",
+        "a.png,1,1,gallery",
+        "a.png,2,1,gallery",
+    )
+    folder, said = read(path)
+    assert labels(folder.gallery) == [("b.png", 1, 2), ("a.png", 1, 1), ("a.png", 2, 1)]  # an image may ask and answer
+    assert said == [
+        f"{path}: 1 line is there twice, and counted once: line 4 is line 3",
+        f"{path}: 1 image is listed with two identities or cameras: a.png in lines 2 and 6",
+    ]
+
+
+def test_large_numbers_and_unknown_cameras(tmp_path: Path) -> None:
+    path = manifest(
+        tmp_path / "x.csv",
+        "a.png,1700000000123,-1,train,b",
+        "b.png,3,2,train,a",
+        header="path,pid,camid,split,domain",
+    )
+    assert labels(read(path)[0].train) == [("a.png", 1700000000126, -1), ("b.png", 3, 2)]
+
+
+def test_manifests_without_identities(tmp_path: Path) -> None:
+    """They are read only to be described; to train or to test on they are junk."""
+    path = manifest(tmp_path / "x.csv", "a.png,-1,-1,gallery", "b.png,-1,2,gallery")
+    assert labels(read_dataset(path, ("gallery",), unlabelled=True).gallery) == [("a.png", -1, -1), ("b.png", -1, 2)]
+    with pytest.raises(InputError, match=r"no images of the part 'gallery'; left out: 2 of junk \(identity -1\)"):
+        read_dataset(path, ("gallery",))
+    some = manifest(tmp_path / "some.csv", "a.png,-1,-1,gallery", "b.png,4,2,gallery")
+    assert labels(read_dataset(some, ("gallery",), unlabelled=True).gallery) == [("b.png", 4, 2)]
+    bare = manifest(tmp_path / "bare.csv", "a.png", header="path")
+    assert labels(read_dataset(bare, present_parts(bare, unlabelled=True), unlabelled=True).gallery) == [
+        ("a.png", -1, -1)
+    ]
+    with pytest.raises(InputError, match="no column 'pid'"):
+        read_dataset(bare, ("gallery",))
+
+
+def test_a_folder_of_pictures(tmp_path: Path) -> None:
+    for name in ("frame_1.jpg", "0007_c2s1_000001_00.PNG", "notes.txt", "a.heic"):
+        (tmp_path / name).touch()
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "b.jpg").touch()
+    folder, said = read(tmp_path, "gallery")
+    assert labels(folder.gallery) == [("0007_c2s1_000001_00.PNG", 7, 2), ("frame_1.jpg", -1, -1)]
+    assert "1 file is left out, pictures of a kind that is not read" in said[0]
+    assert said[1] == f"{tmp_path}: images in folders within it are not read: more"
+    with pytest.raises(InputError, match="no folder 'query'; the layout of Market-1501"):
+        read_dataset(tmp_path, ("query", "gallery"))

@@ -220,6 +220,32 @@ def test_reranked_lists_of_unknown_people(tmp_path: Path, arrays: dict[str, np.n
         assert printed.splitlines()[-1] == f"wrote {tmp_path / 'lists.json'}"
 
 
+def test_reranked_lists_of_disjoint_people(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """No query has an answer: lists, and no figures; where figures are asked for, no lists either."""
+    disjoint = arrays | {"pids": arrays["pids"] + 1000 * (arrays["split"] == 2)}
+    features, lists = write(tmp_path / "f.npz", disjoint), tmp_path / "lists.json"
+    assert "--json: is for figures" in error(
+        "rerank", "--features", features, "--output", lists, "--json", tmp_path / "o.json"
+    )
+    assert not lists.exists()
+    printed = run("rerank", "--features", features, "--output", lists)
+    assert f"note: no figures: {features}: no query has an image of its identity from another camera" in printed
+    assert lists.exists()
+
+
+def test_reranked_figures_without_cameras(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
+    del arrays["camids"]
+    features, out = write(tmp_path / "f.npz", arrays), tmp_path / "o.json"
+    options = ("rerank", "--features", features, "--output", tmp_path / "lists.json")
+    assert "no array 'camids'; --ignore-cameras evaluates" in run(*options)
+    run(*options, "--ignore-cameras", "--json", out)
+    found = json.loads(out.read_text())
+    q, g, ids, gallery_ids = _tensors(arrays | {"camids": arrays["pids"]})[:4]
+    expected = k_reciprocal_rerank(q, g, metric="cosine", k1=20, k2=6, lambda_value=0.3).rank_metrics(ids, gallery_ids)
+    assert found["after"]["mAP"] == expected.mAP
+    assert all(found[when]["ignore_cameras"] for when in ("before", "after"))
+
+
 # distances
 
 

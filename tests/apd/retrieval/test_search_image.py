@@ -21,7 +21,7 @@ from drawn import SIZE, draw_data_set, write_run
 from apd.data.images import load_image
 from apd.errors import InputError
 from apd.reports.picture import RIGHT, UNKNOWN, WRONG, write_ranked_picture
-from apd.retrieval.features import FeatureSet
+from apd.retrieval.features import FeatureSet, load_features
 from apd.retrieval.ranked_lists import RankedLists
 from apd.run import Run
 from apd_kernels import Gallery, SearchResult
@@ -248,7 +248,7 @@ def test_a_gallery_of_features(data: Path, checkpoint: Path, tmp_path: Path) -> 
         (["--query", "q.png", "--picture", "p.gif"], "expected a name that ends in .png or .jpg"),
         (["--query", "q.png", "--picture", "absent/p.png"], "there is no folder absent"),
         (["--query", "absent.png"], "absent.png: no such file"),
-        (["--query", "."], "expected a file, found a folder"),
+        (["--query", "."], "no images in this folder"),
     ],
 )
 def test_wrong_options(gallery: Path, arguments: list[str], message: str) -> None:
@@ -283,3 +283,61 @@ def test_nothing_is_written_without_the_images(data: Path, checkpoint: Path, gal
     message = error("index", "--checkpoint", checkpoint, "--data", data, "--output", gallery)
     assert "0001_c1s1_000001_00.png: cannot be read" in message
     assert {path.name: path.read_bytes() for path in gallery.iterdir()} == before
+
+
+def test_images_without_labels(tmp_path: Path, data: Path, checkpoint: Path) -> None:
+    """A folder of pictures is described, indexed and searched; nobody need say who is on them."""
+    crops, features, gallery = tmp_path / "crops", tmp_path / "f.npz", tmp_path / "crops-gallery"
+    crops.mkdir()
+    for number, image in enumerate(sorted((data / "query").iterdir())):
+        shutil.copy(image, crops / f"frame_{number:05}.png")
+    text = run("extract", "--model", checkpoint, "--data", crops, "--output", features)
+    assert "images      5 images; crops, all rows" in text
+    rows = load_features(features)
+    assert (rows.split, set(rows.identities()), set(rows.cameras())) == (None, {-1}, {-1})
+    assert "says the identity of no image" in run(
+        "rerank", "--query", features, "--gallery", features, "--output", tmp_path / "r.json"
+    )
+    run("extract", "--model", checkpoint, "--data", crops, "--output", features, "--part", "query")
+    assert load_features(features).split.tolist() == [1] * 5  # type: ignore[union-attr]
+
+    run("index", "--checkpoint", checkpoint, "--data", crops, "--output", gallery)
+    lists = tmp_path / "lists.json"
+    run("search", "--gallery", gallery, "--query", crops, "-k", 1, "--output", lists, "--picture", tmp_path / "p.png")
+    found = json.loads(lists.read_text())["queries"]
+    assert [query["results"][0]["name"] for query in found] == [f"frame_{number:05}.png" for number in range(5)]
+    with Image.open(tmp_path / "p.png") as picture, Image.open(_picture_of(tmp_path, gallery, crops)) as one:
+        assert picture.height > 2 * one.height  # three of the five, as --show says
+
+
+def _picture_of(tmp_path: Path, gallery: Path, crops: Path) -> Path:
+    run("search", "--gallery", gallery, "--query", crops / "frame_00000.png", "-k", 1, "--picture", tmp_path / "1.png")
+    return tmp_path / "1.png"
+
+
+def test_images_without_cameras(tmp_path: Path, data: Path, checkpoint: Path) -> None:
+    """Query and gallery are folders apart, and their names say an identity alone."""
+    query, gallery = tmp_path / "asking", tmp_path / "answering"
+    for folder, part in ((query, "query"), (gallery, "bounding_box_test")):
+        folder.mkdir()
+        for number, image in enumerate(sorted((data / part).iterdir())):
+            shutil.copy(image, folder / f"{image.name[:4]}_{number}.png")
+    sides = ("evaluate", "--checkpoint", checkpoint, "--query", query, "--gallery", gallery)
+    assert "--ignore-cameras" in error(*sides)
+    assert "5 counted, 0 left out" in run(*sides, "--ignore-cameras")
+
+    one = tmp_path / "one"
+    shutil.copytree(data, one)
+    for image in (one / "bounding_box_test").glob("*_c2s1_*"):
+        image.unlink()
+    message = error("evaluate", "--checkpoint", tmp_path / "no run", "--data", one)  # before a run is opened
+    assert "no query has an image of its identity from another camera" in message
+    assert "--ignore-cameras" in message
+    assert "5 counted" in run("evaluate", "--checkpoint", checkpoint, "--data", one, "--ignore-cameras")
+
+
+def test_a_missing_image_is_said_before_any_is_described(tmp_path: Path, checkpoint: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("path,pid,camid,split\na.png,1,1,query\nb.png,1,2,gallery\n")
+    message = error("extract", "--model", checkpoint, "--data", path, "--output", tmp_path / "f.npz")
+    assert f"{tmp_path}: 2 images are not there: {tmp_path / 'a.png'} for one" in message

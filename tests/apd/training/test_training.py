@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ pytest.importorskip("timm")
 pytest.importorskip("accelerate")
 pytest.importorskip("typer")
 
+import warm
 from command_line import error, run
 from tiny import TINY, draw_training_set, trained
 
@@ -131,11 +132,44 @@ def test_killed_run_goes_on_to_the_same_bits(tmp_path: Path, whole: Run, data: P
     killed = start_run(path, whole.config, [data])
     shutil.copytree(whole.path / "baseline", path / "baseline")  # the trunk's own training is not the point
     command = [sys.executable, "-c", _INTERRUPTED, str(path), stage, str(step)]
-    ended = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
-    assert ended.returncode == -signal.SIGKILL
+    assert warm.Popen(command).wait() == -signal.SIGKILL
     assert (path / "last" / f"{stage}-{step:08}.pt").is_file()
     assert not (path / "best.safetensors").is_file()
     train_run(killed, "cpu")
+    _same_results(path, whole.path)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize("stage", ["mpg", "sp"])
+def test_a_signal_ends_a_training_with_a_checkpoint(
+    tmp_path: Path, whole: Run, data: Path, stage: str, signum: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the next step, and the rest goes on to the same bits."""
+    from apd.training import mpg, sp
+
+    module = {"mpg": mpg, "sp": sp}[stage]
+    guard, steps = module.LossGuard.watch, []
+
+    def watch(self: Any, step: int, *rest: Any) -> None:
+        steps.append(step)
+        if step == 2:
+            os.kill(os.getpid(), signum)
+        guard(self, step, *rest)
+
+    path = tmp_path / "run"
+    start_run(path, whole.config, [data])
+    shutil.copytree(whole.path / "baseline", path / "baseline")
+    if stage == "sp":
+        for name in ("generator.safetensors", "run.json", "metrics.csv"):
+            shutil.copy(whole.path / name, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(module.LossGuard, "watch", watch)
+        message = run("train", "--resume", path, "--device", "cpu", code=128 + signum)
+    assert steps == [1, 2]
+    assert f"interrupted at step 2; go on with: apd train --resume {path}" in message
+    assert (path / "last" / f"{stage}-00000002.pt").is_file()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    train_run(Run(path), "cpu")
     _same_results(path, whole.path)
 
 
@@ -189,15 +223,15 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path) 
 
 
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
-    """By the next checkpoint of its stage; a file of a large network is hundreds of megabytes."""
-    (tmp_path / "last").mkdir()
-    for stage in ("mpg", "sp"):
-        (tmp_path / "last" / f".{stage}-00000003.pt.0a1b2c3d.tmp").write_bytes(b"half")
+    """By a later checkpoint; a file of a large network is hundreds of megabytes."""
+    half = tmp_path / "last" / ".sp-00000003.pt.0a1b2c3d.tmp"
+    half.parent.mkdir()
+    half.write_bytes(b"half")
     save_checkpoint(tmp_path, "sp", 4, {})
-    assert sorted(path.name for path in (tmp_path / "last").iterdir()) == [
-        ".mpg-00000003.pt.0a1b2c3d.tmp",
-        "sp-00000004.pt",
-    ]
+    assert half.exists()  # so young that somebody may just have begun to write it
+    os.utime(half, (0, 0))
+    save_checkpoint(tmp_path, "sp", 5, {})
+    assert sorted(path.name for path in half.parent.iterdir()) == ["sp-00000004.pt", "sp-00000005.pt"]
 
 
 def test_two_newest_checkpoints_are_kept(tmp_path: Path) -> None:
@@ -548,6 +582,7 @@ def test_synthesized_images_do_not_mix(tmp_path: Path, whole: Run, data: Path) -
     shutil.copytree(whole.path, tmp_path / "other")
     state = _weights(tmp_path / "other" / "generator.safetensors")
     (tmp_path / "other" / "generator.safetensors").write_bytes(save({**state, "change.bias": torch.ones(3)}))
+    update_info(tmp_path / "other", weights={})
     assert "of another generator" in error(*arguments, tmp_path / "other", "--output", tmp_path / "new")
 
 
@@ -576,3 +611,39 @@ def test_compiled_network(tmp_path: Path, data: Path) -> None:
     ours, theirs = ([float(row["loss"]) for row in read_metrics(run.path / "metrics.csv")] for run in (compiled, plain))
     assert ours == pytest.approx(theirs, rel=1e-3)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_weights_that_change_after_the_training(tmp_path: Path, whole: Run) -> None:
+    """Any flipped bit of them would give other descriptors, which nothing else notices."""
+    shutil.copytree(whole.path, tmp_path / "run")
+    for name, load in (("best.safetensors", Run.load_network), ("generator.safetensors", Run.load_generator)):
+        path = tmp_path / "run" / name
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=rf"{name}: has changed since the training of its run ended"):
+            load(Run(tmp_path / "run"))
+
+
+def test_training_images_that_were_replaced_are_named(tmp_path: Path, data: Path) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    made = trained(tmp_path / "run", folder, "perturbation=none")
+    (made.path / "best.safetensors").unlink()
+    replaced = sorted((folder / "bounding_box_train").iterdir())[3]
+    Image.new("RGB", (16, 32), (1, 2, 3)).save(replaced)
+    with pytest.raises(InputError, match=rf"began with other contents of 1 training image: .*{replaced.name}"):
+        train_run(Run(made.path), "cpu")
+
+
+def test_what_was_made_of_a_changed_original_is_made_again(tmp_path: Path, whole: Run, data: Path) -> None:
+    folder, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(data, folder)
+    command = ("synthesize", "--checkpoint", whole.path, "--data", folder, "--output", out, "--device", "cpu")
+    run(*command)
+    made = sorted((out / "bounding_box_train").glob("*.jpg"))
+    before = {path: path.stat().st_mtime_ns for path in made}
+    replaced = sorted((folder / "bounding_box_train").iterdir())[3]
+    Image.new("RGB", (16, 32), (200, 2, 3)).save(replaced)
+    run(*command)
+    assert [path for path in made if path.stat().st_mtime_ns != before[path]] == [made[3]]

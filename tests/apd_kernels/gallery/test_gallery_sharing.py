@@ -116,3 +116,15 @@ def test_a_resealed_gallery_with_keys_that_repeat(tmp_path: Path) -> None:
     gallery.save(tmp_path)
     with pytest.raises(GalleryError, match="do not fit"):
         Gallery.load(tmp_path, device="cpu")
+
+
+def test_a_resealed_gallery_with_a_row_that_is_not_finite(tmp_path: Path) -> None:
+    from apd_kernels import GalleryError
+
+    gallery = Gallery(8, "euclidean", device="cpu")
+    add(gallery, 0)
+    gallery._rows.matrix()[2, 3] = np.nan
+    gallery.save(tmp_path)
+    with pytest.raises(GalleryError, match="holds rows that are not finite"):
+        Gallery.load(tmp_path, device="cpu")
+    assert len(Gallery.load(tmp_path, device="cpu", verify=False)) == BATCH
