@@ -69,6 +69,8 @@ def _expected(arrays: dict[str, np.ndarray], metric: str, ap: str) -> dict[str, 
         "single_shot": False,
         "exclude_self": False,
         "ignore_cameras": False,
+        "junk": -1,
+        "unknown_camera": -1,
         "descriptor": None,
     }
 
