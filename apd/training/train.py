@@ -58,6 +58,7 @@ def start_run(path: Path, config: Config, data: Sequence[Path | str | DataSpec],
     """
     if (path / CONFIG).exists():
         raise InputError(f"{path}: there is a run already; choose another --output, or go on with it by --resume")
+    config = _with_absolute_paths(config)
     specs = [DataSpec.parse(source).resolved() for source in data]
     if len({spec.folder for spec in specs}) < len(specs):
         raise InputError(
@@ -71,7 +72,6 @@ def start_run(path: Path, config: Config, data: Sequence[Path | str | DataSpec],
     if config.uses_generator:
         check_mpg(sources, config)
     check_sp(sources, config)
-    config = _with_absolute_paths(config)
     with only_writer(path):
         if (path / CONFIG).exists():
             raise InputError(f"{path}: another process has begun a run in it meanwhile; choose another --output")
@@ -253,7 +253,14 @@ def _with_absolute_paths(config: Config) -> Config:
     if mpg.trunk_weights is not None:
         mpg = replace(mpg, trunk_weights=str(Path(mpg.trunk_weights).absolute()))
     if model.pretrained not in PRETRAINED:
-        model = replace(model, pretrained=str(Path(model.pretrained).absolute()))
+        path = Path(model.pretrained).absolute()
+        if path.is_dir():  # a run, which is trained on
+            path = path / WEIGHTS
+            if not path.is_file():
+                raise InputError(
+                    f"model.pretrained: {path.parent}: no {WEIGHTS}: it is no run whose training has ended"
+                )
+        model = replace(model, pretrained=str(path))
     return replace(config, mpg=mpg, model=model)
 
 
