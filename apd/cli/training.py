@@ -59,6 +59,7 @@ def train(
     from apd.console import console, print_written
     from apd.run import Run
     from apd.training.distributed import join, leave, on_first
+    from apd.training.engine import check_precision
     from apd.training.train import extend_run, nothing_left, start_run, train_run
 
     join(on)
@@ -74,6 +75,7 @@ def train(
         chosen = load_config(config, values or ())
         name = Path(config).stem if config is not None else "default"
         path = output or Path("runs") / name
+        check_precision(chosen, on)
         on_first(lambda: start_run(path, chosen, data or []))
         run = Run(path)
     for line in advice(run.config):

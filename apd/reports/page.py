@@ -258,7 +258,7 @@ def ranked_strips(lists: RankedLists, queries: Sequence[int], folder: Path, note
         for rank, (_, found, found_camera, found_name, distance) in enumerate(lists.matches(query), 1):
             frame = "" if not known else "right" if found == pid else "wrong"
             place = f"{rank} {_SIGNS[frame]}".rstrip()
-            caption = (place, *_labels(("camera", found_camera)), f"{distance:.3f}")
+            caption = (place, *_labels(("camera", found_camera)), f"{distance:#.3g}")
             tiles.append(_tile(within(folder, found_name), caption, frame))
         strips.append(Strip(note, _tile(Path(name), ("query", *_labels(("camera", camera), ("identity", pid)))), tiles))
     return strips

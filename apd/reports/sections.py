@@ -26,7 +26,7 @@ from apd.training.train import SYNTHESIZED, make_trunk
 
 STAGES = {"mpg": "stage 1, MPG-Net", "synthesize": "synthesized images", "sp": "stage 2, SP-Net"}  # of run.json
 _TRAINED_ON = {
-    "both": "{} and one synthesized image of each",
+    "both": "{}, each of which gives its place to its synthesized image in {} % of the batches after {} % of the steps",
     "synthesized": "one synthesized image of each of {}",
     "original": "{}, not on what was synthesized of each",
 }
@@ -103,7 +103,10 @@ def synthesized_section(run: Run, name: str, sources: Sequence[Path | str], devi
     compared = (
         f"the {flips.images:,} originals" if len(pairs) <= _FLIPS else f"{flips.images:,} originals, evenly chosen,"
     )
-    trained_on = _TRAINED_ON[run.config.data.train_on].format(count(len(pairs), "original"))
+    data = run.config.data
+    trained_on = _TRAINED_ON[data.train_on].format(
+        count(len(pairs), "original"), report.points(data.synthesized_probability), report.points(data.synthesized_from)
+    )
     text = [
         f"Stage 2 of {name} is trained on {trained_on}. "
         f"They differ by {report.points(flips.change)} % of the range of brightness, on average over pixels and "

@@ -214,6 +214,13 @@ def _check_column(path: Path, name: str, values: np.ndarray | None, kinds: str, 
         raise InputError(f"{path}: {name}: expected {what}, got {values.dtype}")
     if values.shape != (count,):
         raise InputError(f"{path}: {name}: expected shape ({count},) as features has rows, got {values.shape}")
+    check_int64(f"{path}: {name}", values)
+
+
+def check_int64(where: str, values: np.ndarray) -> None:
+    """InputError for numbers of 2⁶³ and more, which would become others."""
+    if values.dtype == np.uint64 and values.max(initial=0) >= 2**63:
+        raise InputError(f"{where}: expected numbers below 2**63, got {values.max()}")
 
 
 def difference(about: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:

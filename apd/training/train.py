@@ -32,7 +32,7 @@ from apd.training.checkpoint import newest_step
 from apd.training.distributed import join, on_first, own_rows, rank
 from apd.training.engine import check_precision
 from apd.training.interrupt import interruptible
-from apd.training.monitors import REFERENCE_PAIRS, camera_distance
+from apd.training.monitors import REFERENCE_PAIRS, camera_distance, camera_pairs
 from apd.training.mpg import check_mpg, train_mpg
 from apd.training.sources import Sources, gather_sources
 from apd.training.sp import STAGE as SP
@@ -82,6 +82,8 @@ def start_run(
     sources, _ = _gathered(folders, config)
     if config.uses_generator:
         check_mpg(sources, config)
+    if config.synthesizes and not len(camera_pairs(sources.labels, sources.cameras, 1, config.seed)):
+        _check_bound(config, None)
     check_sp(sources, config)
     if look:
         images = [sample.path for one in folders for sample in (*one.train, *_own_test(one))]
@@ -264,14 +266,19 @@ def _stage_1(run: Run, sources: Sources, device: str) -> None:
         seed=config.seed,
         device=torch.device(device),
     )
+    _check_bound(config, apart)
+    if config.uses_generator and not (run.path / GENERATOR).is_file():  # an ablation gives rows a common one
+        _took(run.path, "mpg", train_mpg(run.path, sources, trunk, config, device, apart))
+    update_info(run.path, **{"trunk": trunk.name, CAMERA_DISTANCE: apart})
+
+
+def _check_bound(config: Config, apart: float | None) -> None:
+    """Whether there is something that a bound of the content is a share of."""
     if apart is None and config.mpg.content_bound is not None:
         raise InputError(
             "mpg.content_bound: expected people seen by two cameras, whose images it compares with, got none; "
             "mpg.content_bound=none leaves G(x) as it is"
         )
-    if config.uses_generator and not (run.path / GENERATOR).is_file():  # an ablation gives rows a common one
-        _took(run.path, "mpg", train_mpg(run.path, sources, trunk, config, device, apart))
-    update_info(run.path, **{"trunk": trunk.name, CAMERA_DISTANCE: apart})
 
 
 def hard_images(run: Run, device: str) -> HardImages:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -29,9 +32,21 @@ def test_every_example_is_run_here() -> None:
     assert [example.stem for example in EXAMPLES] == ["rank_shards", "triplet_metric_perturb", "vit_ssd_mask"]
 
 
+def output_here(example: Path, *arguments: str) -> str:
+    """As `output`, without the start of a process."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(sys, "argv", [str(example), *arguments])
+        try:
+            runpy.run_path(str(example), run_name="__main__")
+        except SystemExit as ended:
+            if ended.code:
+                raise
+    return printed.getvalue()
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.stem)
 def test_help(example: Path) -> None:
-    assert "--help" in output(example, "--help")
+    assert "--help" in output_here(example, "--help")
 
 
 def test_triplet_metric_perturb() -> None:
@@ -59,9 +74,9 @@ def test_rank_shards(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("piece_*.npy"))) == 6
     (mean,) = re.findall(r"5000 images: mAP (\d\.\d+)", first)
     assert float(mean) > 0.3
-    assert re.findall(r"mAP .*;", output(example, *arguments)) == re.findall(r"mAP .*;", first)
+    assert re.findall(r"mAP .*;", output_here(example, *arguments)) == re.findall(r"mAP .*;", first)
     arguments[1] = "5500"  # the last piece is another one
-    grown = output(example, *arguments)
+    grown = output_here(example, *arguments)
     assert len(np.load(tmp_path / "piece_00003.npy")) == 5500 - 2 * 1900
     arguments[-1] = str(tmp_path / "new")
-    assert re.findall(r"mAP .*;", output(example, *arguments)) == re.findall(r"mAP .*;", grown)
+    assert re.findall(r"mAP .*;", output_here(example, *arguments)) == re.findall(r"mAP .*;", grown)

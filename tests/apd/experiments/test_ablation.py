@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,11 @@ pytest.importorskip("timm")
 pytest.importorskip("accelerate")
 pytest.importorskip("typer")
 
+import warm
 from command_line import error, run
 
 from apd.config.files import load_config, save_config
+from apd.experiments.ablation import execute
 from apd.experiments.ablation.execute import Ablation
 from apd.experiments.ablation.plan import load_plan
 from apd.experiments.ablation.tables import tables
@@ -117,7 +120,15 @@ def command(place: Path, *more: object, file: str = "rows.yaml", output: str = "
 
 
 @pytest.fixture(scope="module")
-def whole(place: Path) -> str:
+def warm_workers() -> Iterator[None]:
+    """In this process trainings begin with their imports done; those of a command's own process begin as they do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(execute, "subprocess", SimpleNamespace(Popen=warm.Popen, PIPE=subprocess.PIPE))
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path, warm_workers: None) -> str:
     """What the command prints."""
     write_text(place / "table.md", "before\n<!-- rows: begin -->\nold\n<!-- rows: end -->\nafter\n")
     return run(*command(place, "--jobs", 3, "--features", place, "--into", place / "table.md"))
@@ -211,8 +222,6 @@ def test_differences_are_to_the_better_control(whole: str, place: Path) -> None:
 
 def test_the_better_control_is_chosen_by_the_seeds_that_are_paired(monkeypatch: pytest.MonkeyPatch) -> None:
     """A control that had an easier seed besides is not the better one for that."""
-    from types import SimpleNamespace
-
     from apd.experiments.ablation import tables as module
     from apd.retrieval.targets import Queries
 
@@ -319,7 +328,7 @@ def test_trainings_share_the_threads(place: Path, monkeypatch: pytest.MonkeyPatc
         def wait(self) -> int:
             return 1
 
-    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr(execute.subprocess, "Popen", Process)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     for jobs in (2, 5):

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ pytest.importorskip("timm")
 pytest.importorskip("accelerate")
 pytest.importorskip("typer")
 
+import warm
 from command_line import error, run
 from tiny import TINY, draw_training_set, trained
 
@@ -132,8 +132,7 @@ def test_killed_run_goes_on_to_the_same_bits(tmp_path: Path, whole: Run, data: P
     killed = start_run(path, whole.config, [data])
     shutil.copytree(whole.path / "baseline", path / "baseline")  # the trunk's own training is not the point
     command = [sys.executable, "-c", _INTERRUPTED, str(path), stage, str(step)]
-    ended = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
-    assert ended.returncode == -signal.SIGKILL
+    assert warm.Popen(command).wait() == -signal.SIGKILL
     assert (path / "last" / f"{stage}-{step:08}.pt").is_file()
     assert not (path / "best.safetensors").is_file()
     train_run(killed, "cpu")
@@ -382,6 +381,19 @@ def test_mixed_precision(tmp_path: Path, whole: Run, data: Path) -> None:
 def test_precision_that_a_cpu_lacks(tmp_path: Path, data: Path) -> None:
     with pytest.raises(InputError, match="precision: expected no or bf16 on the CPU, got fp16"):
         trained(tmp_path / "run", data, "perturbation=none", "precision=fp16")
+    command = ("train", "--data", data, "--output", tmp_path / "none", "--device", "cpu")
+    assert "precision: expected no or bf16" in error(*command, *TINY, "precision=fp16")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_generator_for_one_camera_is_refused_before_its_trunk_is_trained(tmp_path: Path, data: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    for image in (tmp_path / "data" / "bounding_box_train").glob("*_c2s1_*"):
+        image.unlink()
+    config = load_config(None, [*TINY, "train.batch_size=4"])
+    with pytest.raises(InputError, match=r"mpg\.content_bound: expected people seen by two cameras"):
+        start_run(tmp_path / "run", config, [tmp_path / "data"])
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("train_on", ["original", "synthesized"])

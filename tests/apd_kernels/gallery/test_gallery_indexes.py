@@ -19,22 +19,24 @@ faiss = pytest.importorskip("faiss")
 
 N, D = 2000, 16
 # The recall of the ten nearest (with the parameters of the search) that must be reached on random rows of 16, the
-# hardest to approximate. Measured: at least 0.02 more.
+# hardest to approximate. Measured: at least 0.02 more. "np": without FAISS's polysemous training, which only renames
+# codes and takes seconds of the tests; it is left in where that is the point.
 INDEXES = {
     "Flat": (1.0, {}),
     "IVF20,Flat": (0.95, {"nprobe": 12}),
     "HNSW32": (0.95, {"efSearch": 100}),
     "HNSW32,SQ8": (0.95, {"efSearch": 100}),
     "PQ16x4": (0.85, {}),
+    "PQ16x4np": (0.85, {}),
     "SQ8": (0.99, {}),
-    "IVF20,PQ16x4": (0.8, {"nprobe": 12}),
+    "IVF20,PQ16x4np": (0.8, {"nprobe": 12}),
     "PCA12,IVF20,Flat": (0.8, {"nprobe": 12}),
     "IVF20,Flat,RFlat": (0.95, {"nprobe": 12, "k_factor": 2}),
     "IVF20_HNSW8,Flat": (0.95, {"nprobe": 12, "efSearch": 40}),
     "NSG16": (0.9, {}),
 }
 TWO = {"name": ["x", "y"]}
-KINDS = ["Flat", "IVF20,Flat", "HNSW32", "PQ16x4"]
+KINDS = ["Flat", "IVF20,Flat", "HNSW32", "PQ16x4np"]
 
 
 def _rows(n: int, d: int = D, seed: int = 0) -> Tensor:
@@ -62,8 +64,10 @@ def _gallery(index: str, metric: str = "cosine", n: int = N, **options: Any) -> 
     return gallery
 
 
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("index", INDEXES)
+@pytest.mark.parametrize(
+    ("index", "metric"),
+    [(index, metric) for index in INDEXES for metric in METRICS if index != "PQ16x4" or metric == "cosine"],
+)
 def test_recall_and_distances(index: str, metric: str) -> None:
     """Enough of the nearest rows are found, each at its exact distance, in order; and k of them, whatever k is."""
     bound, parameters = INDEXES[index]
@@ -272,7 +276,7 @@ def test_keys() -> None:
 
 def test_training() -> None:
     """Too few rows are an error that says how many; then the gallery is as before. `train` may come later, too."""
-    for index, needed in (("IVF64,Flat", 64), ("PQ4", 256), ("IVF16,PQ4x4", 16), ("PCA8,IVF300,SQ8", 300)):
+    for index, needed in (("IVF64,Flat", 64), ("PQ4np", 256), ("IVF16,PQ4x4", 16), ("PCA8,IVF300,SQ8", 300)):
         gallery = Gallery(D, index=index)
         message = rf"features: expected at least {needed} rows to train the index '{index}', got {needed - 1}"
         for call in (gallery.add, gallery.train):
