@@ -320,6 +320,8 @@ class Sources:
                 "give either --features, or --query and --gallery, or --checkpoint and --data, or --checkpoint with "
                 "--query and --gallery"
             )
+        if self.query is not None and self.query.is_dir() and self.checkpoint is None:
+            raise InputError(f"--query {self.query}: a folder of images is described by a run: --checkpoint RUN")
         if self.flip_test and self.checkpoint is None:
             raise InputError("--flip-test: is for --checkpoint; features are taken as they are")
 
@@ -349,7 +351,7 @@ class Sources:
     def _described(self, device: str) -> tuple[FeatureSet, FeatureSet]:
         """By the run, once it is clear that there is something to evaluate."""
         from apd.data.datasets import read_dataset
-        from apd.data.market import NO_ANSWERS, labels, unanswered
+        from apd.data.market import NO_ANSWERS, UNKNOWN, labels, unanswered
 
         assert self.checkpoint is not None
         if self.data is not None:
@@ -363,10 +365,13 @@ class Sources:
             folders = [read_dataset(path, (part,), cameras=self.cameras) for part, path in asked]
         query, gallery = folders[0].query, folders[-1].gallery
         if self.figures and unanswered(labels(query), labels(gallery), cameras=self.cameras) == len(query):
-            raise InputError(
-                f"{folders[0].path}: "
-                + (NO_ANSWERS if self.cameras else "no query has an image of its identity in the gallery")
-            )
+            why = NO_ANSWERS if self.cameras else "no query has an image of its identity in the gallery"
+            if all(sample.pid == UNKNOWN for sample in query):
+                why = (
+                    "the names of the queries do not say who is on them"
+                    + self.cameras * "; --ignore-cameras takes 0002_1.jpg"
+                )
+            raise InputError(f"{folders[0].path}: {why}")
         extractor = run_extractor(self.checkpoint, device, self.flip_test)
         rows = [extracted(extractor, folder, self.batch_size) for folder in folders]
         return rows[0].part("query"), rows[-1].part("gallery")

@@ -127,15 +127,14 @@ def extract(
     on = torch_device(device)
     from apd import console as terminal
     from apd.cli import display
-    from apd.data.datasets import DataSpec, read_dataset
-    from apd.data.datasets.registry import PICTURES
+    from apd.data.datasets import has_parts, read_dataset
     from apd.retrieval.extraction import load_extractor
     from apd.retrieval.features import save_features
 
     folder = read_dataset(data, parts, unlabelled=True)
     extractor = load_extractor(model, on, size=height_width, weights=weights, mean=mean, std=std, flip_test=flip_test)
     rows = extracted(extractor, folder, batch_size)
-    if not part and DataSpec.parse(data).dataset is PICTURES:
+    if not part and not has_parts(data):
         rows = replace(rows, split=None)  # to ask, or to be searched
     display.print_extractor(extractor.about())
     absent = [] if part or rows.split is None else [name for name in PARTS if name not in parts]

@@ -45,10 +45,12 @@ def load_image(path: Path | str, size: tuple[int, int] | None) -> np.ndarray:
         with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
             if max(width, height) > MAX_SIDE:  # to resize one costs memory by its sides
-                raise InputError(f"{path}: expected sides of at most {MAX_SIDE:,} pixels, got {width} × {height}")
+                raise InputError(f"expected sides of at most {MAX_SIDE:,} pixels, got {width} × {height}")
             if width * height > MAX_PIXELS:
                 raise InputError(f"expected an image of at most {MAX_PIXELS:,} pixels, got {width} × {height}")
             image.load()
+            if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):  # 1, 255 or 65,535 may be white
+                raise InputError("pixels of 32 bits, whose white is not known; expected 8 or 16")
             ImageOps.exif_transpose(image, in_place=True)
             rgb = _as_rgb(image)
             if size is not None:
@@ -99,8 +101,6 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255
         values = np.asarray(image).astype(np.int64)
         return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":  # what is white in it, 1.0 or 255.0, nobody says
-        raise InputError("floating point pixels, whose white is not known; expected whole numbers")
     if image.has_transparency_data:
         picture = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), picture).convert("RGB")

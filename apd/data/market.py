@@ -159,7 +159,7 @@ def read_market(
         if names:
             _report(f"{root}: {_are(len(names), 'file')} left out, {why}: {first_of(names)}", strict)
 
-    if _both_from_zero(root, found, wanted, cameras):
+    if _both_from_zero(root, {part: {sample.pid for sample in found[part]} for part in wanted}, cameras):
         _report(
             f"{root}: people are numbered from 0 in both halves, as in MSMT17: read as 1, 2, … to train on, and as "
             f"{_TEST_FROM_ZERO}, {_TEST_FROM_ZERO + 1}, … in query and gallery; 0 is no distractor",
@@ -189,14 +189,27 @@ def read_market(
     return folder_of(root, found, sum(junk.values()))
 
 
-def _both_from_zero(root: Path, found: Mapping[str, Sequence[Sample]], read: Iterable[str], cameras: bool) -> bool:
+def label_in_place(path: Path) -> tuple[int, int] | None:
+    """`label_of` an image file, numbered as `read_market` numbers the data set in whose folder it lies."""
+    label, root = label_of(path.name), path.absolute().parent.parent
+    if label is None or path.absolute().parent.name not in FOLDERS.values() or not _both_from_zero(root, {}, True):
+        return label
+    return label[0] + (1 if path.absolute().parent.name == FOLDERS["train"] else _TEST_FROM_ZERO), label[1]
+
+
+def _both_from_zero(root: Path, known: Mapping[str, set[int]], cameras: bool) -> bool:
     """Whether 0 is a person: said by all folders that are there, so that it does not depend on the parts that are read.
 
     One folder of distractors (0000) in train alone shares no other number with the gallery's.
+
+    Args:
+        root: of the data set.
+        known: identities of the parts that were read.
+        cameras: as for `read_market`.
     """
-    if not any(sample.pid == DISTRACTOR for samples in found.values() for sample in samples):
+    pids = dict(known)
+    if pids and not any(DISTRACTOR in found for found in pids.values()):
         return False
-    pids = {part: {sample.pid for sample in found[part]} for part in read}
     for part in FOLDERS.keys() - pids.keys():
         names = _listed(root, FOLDERS[part])[0] if (root / FOLDERS[part]).is_dir() else []
         pids[part] = {label[0] for name in names if (label := label_of(name, cameras=cameras))}
@@ -211,7 +224,10 @@ def _hint(folder: Path, junk: int, misnamed: Sequence[str]) -> str:
         return f"; {_are(junk, 'image')} left out as junk, named -1_…"
     own = [Path(name).name for name in misnamed if Path(name).parent.name == folder.name]
     if own and all(label_of(name, cameras=False) for name in own):
-        return "; names that say an identity and no camera are read by apd evaluate --ignore-cameras"
+        return (
+            "; names that say an identity and no camera are read by apd evaluate --ignore-cameras, and a CSV file can "
+            "give images the camera -1"
+        )
     if inner := folders_with_images(folder):
         return (
             f"; {inner[0]} is a folder of images, perhaps of one person: only images of the folder itself are read. A "

@@ -62,7 +62,8 @@ def load_state(path: Path, argument: str) -> tuple[dict[str, Tensor], list[str]]
         InputError: there is no such file, it is damaged, it would run code, or it holds something else.
     """
     if not path.is_file():
-        raise InputError(f"{argument}: {path}: no such file")
+        what = "expected a file of weights, found a folder" if path.is_dir() else "no such file"
+        raise InputError(f"{argument}: {path}: {what}")
     content = _loaded(path, argument)
     inside: list[str] = []
     while (name := _container(content)) is not None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from apd.config.values import Config
 from apd.data.datasets.lists import absent
 from apd.data.images import ImageStore
-from apd.data.market import ReidFolder
+from apd.data.market import ReidFolder, first_of
 from apd.errors import InputError
 from apd.models.normalize import Normalize
 from apd.retrieval.features import SPLITS, FeatureSet
@@ -118,7 +118,8 @@ def extract_folder(
     ]
     samples.sort(key=lambda row: row[:2])
     if missing := absent(sample.path for *_, sample in samples):
-        raise InputError(f"{folder.path}: {len(missing)} images are not there: {missing[0]} for one")
+        of = "image is" if len(missing) == 1 else "images are"
+        raise InputError(f"{folder.path}: {len(missing)} {of} not there: {first_of(map(str, missing))}")
     features = extract(extractor, [sample.path for *_, sample in samples], batch_size=batch_size, advance=advance)
     return FeatureSet(
         path=folder.path,

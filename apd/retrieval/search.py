@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from apd.data.datasets import DataSpec, read_dataset
-from apd.data.market import DISTRACTOR, label_of
+from apd.data.market import DISTRACTOR, label_in_place
 from apd.errors import InputError
 from apd.retrieval.evaluation import LABELS, Reranking, features_tensor, integers_tensor
 from apd.retrieval.extraction import Extractor, extract, label_column, load_extractor
@@ -175,7 +175,7 @@ def describe_queries(extractor: Extractor, images: Sequence[Path], pid: int | No
         images: the files.
         pid, camera: of every image; None: as its file name says in the manner of Market-1501, or else unknown (−1).
     """
-    labels = [label_of(image.name) or (-1, -1) for image in images]
+    labels = [label_in_place(image) or (-1, -1) for image in images]
     labels = [(-1 if found == DISTRACTOR else found, cam) for found, cam in labels]  # a distractor is nobody
     return FeatureSet(
         path=images[0],

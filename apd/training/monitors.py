@@ -9,6 +9,7 @@ from torch.nn.functional import l1_loss
 
 from apd.data.augmentation import as_floats
 from apd.data.images import ImageStore
+from apd.data.market import UNKNOWN
 from apd.models.trunk import Trunk
 
 REFERENCE_PAIRS = 256  # images of one person from two cameras: the mean of L_C over them is known to a few percent
@@ -46,8 +47,8 @@ def camera_pairs(identities: np.ndarray, cameras: np.ndarray, most: int | None, 
         if len(found) == most:
             break
         others = people[person[i]]
-        others = others[cameras[others] != cameras[i]]
-        if len(others):
+        others = others[(cameras[others] != cameras[i]) & (cameras[others] != UNKNOWN)]
+        if len(others) and cameras[i] != UNKNOWN:
             found.append((int(i), int(random.choice(others))))
     return np.array(found, np.int64).reshape(-1, 2)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from apd.data.market import Sample
+from apd.data.market import UNKNOWN, Sample
 from apd.errors import InputError
 
 
@@ -85,7 +85,9 @@ def _drawn(samples: Sequence[Sample], count: int, random: np.random.Generator) -
         return set()
     cameras: dict[int, set[int]] = {}
     for sample in samples:
-        cameras.setdefault(sample.pid, set()).add(sample.camid)
+        seen = cameras.setdefault(sample.pid, set())
+        if sample.camid != UNKNOWN:
+            seen.add(sample.camid)
     usable = sorted(pid for pid, seen in cameras.items() if len(seen) > 1)
     if len(usable) <= count or len(cameras) - count < 2:
         raise InputError(
@@ -96,11 +98,12 @@ def _drawn(samples: Sequence[Sample], count: int, random: np.random.Generator) -
 
 
 def split_validation(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """Query and gallery of held-out images: an identity's first image in each camera asks, and all images answer.
+    """Query and gallery of held-out images: an identity's first image in each known camera asks, and all answer.
 
     The evaluation leaves out the images of the query's identity in its own camera, and with them the query itself.
     """
     query: dict[tuple[int, int], Sample] = {}
     for sample in samples:
-        query.setdefault((sample.pid, sample.camid), sample)
+        if sample.camid != UNKNOWN:  # it would find itself
+            query.setdefault((sample.pid, sample.camid), sample)
     return list(query.values()), list(samples)

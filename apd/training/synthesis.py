@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from apd.console import progress
 from apd.data.images import ImageStore
 from apd.data.loading import images_in_order
-from apd.data.market import FOLDERS, Sample, label_of
+from apd.data.market import FOLDERS, UNKNOWN, Sample, label_of
 from apd.errors import InputError
 from apd.files import reading, sample_of, write_bytes, write_json, write_text
 from apd.models.trunk import Trunk
@@ -88,7 +88,7 @@ def synthesized_path(folder: Path, part: str, sample: Sample) -> Path:
     An original whose name does not say identity and camera as Market-1501's do gets them in front of its name.
     """
     stem = sample.path.stem
-    if label_of(sample.path.name) != (sample.pid, sample.camid):
+    if sample.pid != UNKNOWN and label_of(sample.path.name) != (sample.pid, sample.camid):
         stem = f"{sample.pid:04d}_c{sample.camid}_{stem}"
     return folder / FOLDERS[part] / f"{stem}.jpg"
 

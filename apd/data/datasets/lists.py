@@ -150,6 +150,11 @@ def manifest_parts(path: Path, unlabelled: bool = False) -> list[str]:
     return [part for part in FOLDERS if part in splits]
 
 
+def has_splits(path: Path) -> bool:
+    """Whether a manifest says which images ask and which answer."""
+    return "split" in (csv.DictReader(io.StringIO(_text(path), newline="")).fieldnames or ())
+
+
 _Line = tuple[str, Sample, int]  # split, image, number of its line
 
 
@@ -193,6 +198,8 @@ def _manifest_rows(path: Path, unlabelled: bool) -> Iterator[_Line]:
 
 
 def _check_columns(path: Path, names: Sequence[str], wanted: Sequence[str]) -> None:
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"{path}: the column {repeated[0]!r} is named twice in the first line")
     absent = [column for column in wanted if column not in names]
     if not absent:
         return
@@ -246,4 +253,4 @@ def _text(path: Path) -> str:
     except FileNotFoundError:
         raise InputError(f"{path.parent}: no {path.name}") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text: {error}") from error
+        raise InputError(f"{path}: not UTF-8 text (in spreadsheets: save as CSV UTF-8): {error}") from error

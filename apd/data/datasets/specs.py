@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from apd.data.datasets.layouts import read_pictures, warn
-from apd.data.datasets.lists import manifest_parts
+from apd.data.datasets.lists import has_splits, manifest_parts
 from apd.data.datasets.registry import (
     DATASETS,
     MANIFEST,
@@ -173,6 +173,12 @@ def present_parts(data: str | Path | DataSpec, *, unlabelled: bool = False) -> l
     if dataset is MARKET_LAYOUT:
         return [part for part in FOLDERS if (spec.path / FOLDERS[part]).is_dir()] or list(FOLDERS)
     return list(dataset.parts)
+
+
+def has_parts(data: str | Path | DataSpec) -> bool:
+    """Whether a data set says which images ask and which answer; a folder of pictures does not."""
+    spec = DataSpec.parse(data)
+    return spec.dataset is not PICTURES and (spec.dataset is not MANIFEST or has_splits(spec.path))
 
 
 def ten_split_note(data: str | Path | DataSpec) -> str | None:

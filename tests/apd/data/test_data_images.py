@@ -226,9 +226,10 @@ def test_too_many_pixels(tmp_path: Path, width: int, height: int) -> None:
             load_image(path, (128, 64))
 
 
-def test_floating_point_pixels(tmp_path: Path) -> None:
-    path = _written(tmp_path / "a.tif", _encoded(np.ones((8, 4), np.float32), "TIFF"))
-    with pytest.raises(InputError, match="floating point pixels, whose white is not known"):
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_pixels_of_32_bits(tmp_path: Path, dtype: type) -> None:
+    path = _written(tmp_path / "a.tif", _encoded(np.ones((8, 4), dtype), "TIFF"))
+    with pytest.raises(InputError, match="pixels of 32 bits, whose white is not known"):
         load_image(path, None)
 
 

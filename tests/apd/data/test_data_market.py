@@ -11,7 +11,7 @@ from PIL import Image
 
 from apd.data.datasets import read_source
 from apd.data.images import FORMATS
-from apd.data.market import ENDINGS, FOLDERS, Counts, count_samples, labels, read_market, unanswered
+from apd.data.market import ENDINGS, FOLDERS, Counts, count_samples, label_in_place, labels, read_market, unanswered
 from apd.errors import DataWarning, InputError
 from apd_kernels import rank_metrics
 
@@ -119,7 +119,7 @@ def test_names_without_a_camera(tmp_path: Path) -> None:
     with pytest.warns(DataWarning, match="4 files are left out"):
         assert labels(read_market(path, ("query",)).query) == [(14, 2)]
     path = _folder(tmp_path / "none", query=names[:2])
-    with pytest.warns(DataWarning), pytest.raises(InputError, match=r"read by apd evaluate --ignore-cameras$"):
+    with pytest.warns(DataWarning), pytest.raises(InputError, match=r"read by apd evaluate --ignore-cameras, and"):
         read_market(path)
 
 
@@ -149,6 +149,10 @@ def test_people_numbered_from_0_in_both_halves(tmp_path: Path) -> None:
     assert [s.pid for s in folder.query] == [s.pid for s in folder.gallery] == [10001, 10002, 10003]
     for part in FOLDERS:  # whatever is read with it
         assert getattr(read_market(path, (part,)), part) == getattr(folder, part)
+    assert [label_in_place(s.path) for s in (*folder.train, *folder.gallery)] == labels(
+        (*folder.train, *folder.gallery)
+    )
+    assert label_in_place(tmp_path / "0003_c1_1.jpg") == (3, 1)
     assert sorted({s.pid for s in read_source(f"market+test:{path}").train}) == [1, 2, 3, 4, 10001, 10002, 10003]
 
 

@@ -466,6 +466,7 @@ def test_manifests_that_are_none(tmp_path: Path) -> None:
         ("path;pid;camid;split", "got 'path;pid;camid;split'; values are separated by ';', not by a comma"),
         ("path\tpid\tcamid\tsplit", "values are separated by '\\\\t'"),
         ("path, pid, camid, split", "no column 'pid'; .*; names are without spaces and capitals"),
+        ("path,pid,camid,split,path", "the column 'path' is named twice"),
         ("Path,PID,CamID,Split", "no column 'path'; .*, got 'Path,PID,CamID,Split'; names are without"),
     ],
 )

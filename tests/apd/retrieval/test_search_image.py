@@ -300,6 +300,9 @@ def test_images_without_labels(tmp_path: Path, data: Path, checkpoint: Path) -> 
     )
     run("extract", "--model", checkpoint, "--data", crops, "--output", features, "--part", "query")
     assert load_features(features).split.tolist() == [1] * 5  # type: ignore[union-attr]
+    (tmp_path / "x.csv").write_text("path\ncrops/frame_00000.png\n")
+    run("extract", "--model", checkpoint, "--data", tmp_path / "x.csv", "--output", features)
+    assert load_features(features).split is None
 
     run("index", "--checkpoint", checkpoint, "--data", crops, "--output", gallery)
     lists = tmp_path / "lists.json"
@@ -324,6 +327,7 @@ def test_images_without_cameras(tmp_path: Path, data: Path, checkpoint: Path) ->
             shutil.copy(image, folder / f"{image.name[:4]}_{number}.png")
     sides = ("evaluate", "--checkpoint", checkpoint, "--query", query, "--gallery", gallery)
     assert "--ignore-cameras" in error(*sides)
+    assert "is described by a run: --checkpoint RUN" in error("evaluate", "--query", query, "--gallery", gallery)
     assert "5 counted, 0 left out" in run(*sides, "--ignore-cameras")
 
     one = tmp_path / "one"
@@ -340,4 +344,4 @@ def test_a_missing_image_is_said_before_any_is_described(tmp_path: Path, checkpo
     path = tmp_path / "x.csv"
     path.write_text("path,pid,camid,split\na.png,1,1,query\nb.png,1,2,gallery\n")
     message = error("extract", "--model", checkpoint, "--data", path, "--output", tmp_path / "f.npz")
-    assert f"{tmp_path}: 2 images are not there: {tmp_path / 'a.png'} for one" in message
+    assert f"{tmp_path}: 2 images are not there: {tmp_path / 'a.png'}, {tmp_path / 'b.png'}" in message

@@ -34,6 +34,7 @@ from apd.run import Run, update_info
 from apd.training.checkpoint import load_checkpoint, save_checkpoint
 from apd.training.engine import LossGuard
 from apd.training.log import read_metrics
+from apd.training.monitors import camera_pairs
 from apd.training.sources import Sources, gather_sources, split_validation
 from apd.training.sp import rate, total_steps
 from apd.training.step import TrainingStep
@@ -488,6 +489,18 @@ def test_validation_needs_two_cameras() -> None:
     assert 0 not in {sample.pid for sample in held_out}
     with pytest.raises(InputError, match=r"expected fewer than the 4 identities \(of 5\) .* got 4"):
         gather_sources([samples], 4, 0)
+
+
+def test_an_unknown_camera_is_no_second_one() -> None:
+    """Nor does its image ask: nothing would keep it from finding itself."""
+    samples = [Sample(Path(f"{pid}_{camera}"), pid, camera) for pid in range(4) for camera in (1, -1, -1)]
+    with pytest.raises(InputError, match=r"fewer than the 0 identities \(of 4\)"):
+        gather_sources([samples], 1, 0)
+    query, gallery = split_validation(samples)
+    assert [sample.camid for sample in query] == [1] * 4
+    assert gallery == samples
+    labels = np.array([(sample.pid, sample.camid) for sample in samples])
+    assert not len(camera_pairs(labels[:, 0], labels[:, 1], None, seed=0))
 
 
 def test_rate() -> None:
