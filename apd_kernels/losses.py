@@ -89,7 +89,7 @@ def triplet_loss(
 
     Args:
         x, labels, y, y_labels, metric, precision, own, y_valid, domains, y_domains, positives, negatives: as in
-            `batch_hard`.
+            `batch_hard`; so label −1 is an identity like others, unless `y_valid` leaves it out.
         margin: hinge margin, at least 0; None for the soft margin.
         mining: ``"hard"``: d_p and d_n are those of `batch_hard`, mined, measured and summed in one operation;
             ``"weighted"``: those of `weighted_pairs`, means over all positives and negatives.
