@@ -429,3 +429,9 @@ def test_an_ascii_terminal(features: Path, tmp_path: Path) -> None:
     run = subprocess.run(command, capture_output=True, env={"PYTHONIOENCODING": "ascii"}, check=False)
     assert run.returncode == 0, run.stderr
     assert b"image 89 ?.jpg" in run.stdout or b" ?.jpg" in run.stdout
+
+
+def test_version() -> None:
+    import apd_kernels
+
+    assert _run("--version").strip() == apd_kernels.__version__
