@@ -108,12 +108,13 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def within(folder: Path, name: str) -> Path:
-    """The file of a name that a gallery or a feature file brings, which may not lead out of its folder.
+    """The file of a name that a gallery or a feature file brings: of the folder, or of its own where it is absolute, as
+    those of images that were appended from another data set are.
 
     Raises:
-        InputError: it is absolute, or goes up.
+        InputError: it goes up from the folder.
     """
-    if Path(name).is_absolute() or ".." in Path(name).parts:
+    if ".." in Path(name).parts:
         raise InputError(f"{name}: leads out of {folder}, where the images are")
     return folder / name
 

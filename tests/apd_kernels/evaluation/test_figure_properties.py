@@ -33,7 +33,7 @@ from apd_kernels import (
     rank_metrics_from_distances,
 )
 
-EFFORTS = pytest.mark.parametrize("examples", [70, pytest.param(2000, marks=pytest.mark.long)])
+EFFORTS = pytest.mark.parametrize("examples", [120, pytest.param(2000, marks=pytest.mark.long)])
 METRICS = ("euclidean", "sqeuclidean", "cosine", "dot")
 NOBODY = st.sampled_from([-1, None, 0])
 ROUNDING = 4 * 2.0**-24  # of d², relative to (‖x‖ + ‖y‖)² about the centre
@@ -48,7 +48,7 @@ class Case(NamedTuple):
 
 @st.composite
 def cases(draw: Callable[..., Any], values: st.SearchStrategy[Any] | None = None) -> Case:
-    queries, images, dimension = draw(st.integers(1, 6)), draw(st.integers(1, 20)), draw(st.integers(1, 5))
+    queries, images, dimension = draw(st.integers(1, 12)), draw(st.integers(1, 20)), draw(st.integers(1, 5))
     dtype = np.int8 if values is None else np.float16
     shape = queries + images
     x = draw(arrays.arrays(dtype, (shape, dimension), elements=st.integers(-3, 3) if values is None else values))
