@@ -92,7 +92,7 @@ def index(
     from apd.data.datasets import read_dataset
     from apd.files import only_writer
     from apd.retrieval.features import load_features
-    from apd.retrieval.search import append_features, index_features, note_run
+    from apd.retrieval.search import append_features, check_before, index_features, note_run
     from apd_kernels import Gallery
 
     Gallery.check_destination(output)
@@ -110,6 +110,8 @@ def index(
             folder = read_dataset(data, ("gallery",), unlabelled=True)
             data = folder.path  # what the images' names are relative to
             extractor = run_extractor(checkpoint, on, flip_test)
+            first, kind = folder.gallery[0].path, metric.value if metric else "cosine"
+            check_before(extractor, first, kind, factory or "Flat", present)
             rows = extracted(extractor, folder, batch_size).part("gallery")
         if present is not None:
             gallery = present

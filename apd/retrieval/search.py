@@ -33,13 +33,41 @@ def index_features(rows: FeatureSet, metric: str, *, index: str = "Flat", device
     Raises:
         InputError: FAISS cannot build such an index, or not of so few rows.
     """
-    try:
-        gallery = Gallery(rows.dim, metric, index=index, device=device, fingerprint=rows.about.get("fingerprint"))
-    except ValueError as error:
-        raise InputError(f"--index {index}: {error}") from error
+    gallery = _empty(rows.dim, metric, index, device=device, fingerprint=rows.about.get("fingerprint"))
     gallery.notes = dict(rows.about)
     _add(gallery, rows, rows.names)
     return gallery
+
+
+def _empty(dim: int, metric: str, index: str, **options: Any) -> Gallery:
+    try:
+        return Gallery(dim, metric, index=index, **options)
+    except ValueError as error:
+        raise InputError(f"--index {index}: {error}") from error
+
+
+def check_before(extractor: Extractor, image: Path, metric: str, index: str, present: Gallery | None) -> None:
+    """Describe one image, so that what cannot become a gallery is said before all are described.
+
+    Args:
+        extractor, image: a network, and an image of the gallery.
+        metric, index: of a new gallery.
+        present: the gallery that is added to; None for a new one.
+
+    Raises:
+        InputError: FAISS has no such index for these descriptors, or another network made the gallery's.
+    """
+    dim = extract(extractor, [image]).shape[1]
+    if present is None:
+        _empty(dim, metric, index, device="cpu")
+        return
+    about = {**extractor.about(), "dimensions": dim}
+    name = "dimensions" if dim != present.dim else difference(present.notes, about)
+    if name is not None:
+        raise InputError(
+            f"{extractor.name}: {name}: expected {present.notes.get(name, present.dim)} as the gallery, got "
+            f"{about.get(name)}; features that were made in two ways have no distance"
+        )
 
 
 def append_features(gallery: Gallery, path: Path, rows: FeatureSet, data: Path | None = None) -> None:

@@ -345,3 +345,15 @@ def test_a_missing_image_is_said_before_any_is_described(tmp_path: Path, checkpo
     path.write_text("path,pid,camid,split\na.png,1,1,query\nb.png,1,2,gallery\n")
     message = error("extract", "--model", checkpoint, "--data", path, "--output", tmp_path / "f.npz")
     assert f"{tmp_path}: 2 images are not there: {tmp_path / 'a.png'}, {tmp_path / 'b.png'}" in message
+
+
+def test_a_gallery_that_cannot_be_made_is_said_before_its_images_are_described(
+    tmp_path: Path, data: Path, checkpoint: Path, gallery: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from apd.cli import retrieval
+
+    monkeypatch.setattr(retrieval, "extracted", lambda *_: pytest.fail("described"))
+    index = ("index", "--data", data, "--output")
+    assert "--index PQ7: " in error(*index, tmp_path / "new", "--checkpoint", checkpoint, "--index", "PQ7")
+    other = write_run(tmp_path / "other", seed=1)
+    assert "other: fingerprint: expected " in error(*index, gallery, "--checkpoint", other, "--append")
