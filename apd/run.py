@@ -173,7 +173,7 @@ _INFO = {
         "trunk?": str,
     },
     **{"seconds?": {...: float}, "camera_distance?": (float, type(None)), "own_test?": {...: {...: {...: float}}}},
-    **{"collapsed?": {...: float}, "mpg_stopped?": {...: float}},
+    **{"collapsed?": {"step": int, ...: float}, "mpg_stopped?": {...: float}, "extended?": bool},
 }
 
 

@@ -28,6 +28,7 @@ from apd_kernels.ssd import DisentangledMaps, identity_derangement, ssd_mask
 from apd_kernels.tuning import autotune, warmup
 from apd_kernels.weighting import WeightedPairs, weighted_pairs
 
+__version__ = "0.1.0"
 __all__ = [
     "ClusterMemory",
     "CrossBatchMemory",

@@ -5,6 +5,9 @@ Libraries are imported by the commands that use them, so that ``apd --help`` ans
 
 from __future__ import annotations
 
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 
 from apd.cli import protocol as protocols
@@ -18,8 +21,23 @@ from apd.cli.tools import demo, env
 from apd.cli.training import show, synthesize, train
 from apd.openmp import let_waiting_threads_sleep
 
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(version("apd-kernels"))
+        raise typer.Exit
+
+
+def _before_a_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    let_waiting_threads_sleep()  # before a command imports PyTorch
+
+
 app = typer.Typer(
-    callback=let_waiting_threads_sleep,  # before a command imports PyTorch
+    callback=_before_a_command,
     help="Person re-identification: train APD models, extract and evaluate features, build and search galleries.",
     no_args_is_help=True,
     add_completion=False,

@@ -105,7 +105,7 @@ def extract(
         typer.Option(
             metavar="FILE|none",
             help="For timm:NAME: a local file of weights, or none for an untrained model (seed 0). Without it, those "
-            "that timm names, from its cache or downloaded.",
+            "that timm names, from its cache or downloaded. For a factory: a file that is loaded into its network.",
         ),
     ] = None,
     mean: Annotated[

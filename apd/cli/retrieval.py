@@ -229,6 +229,7 @@ def search(
     from apd.cli import display
     from apd.reports.picture import write_ranked_picture
     from apd.reports.search import write_search_report
+    from apd.retrieval.evaluation import LABELS
     from apd.retrieval.features import load_features
     from apd.retrieval.ranked_lists import write_lists
     from apd.retrieval.search import (
@@ -253,7 +254,7 @@ def search(
     else:
         extractor = extractor_of(images, gallery, on, checkpoint)
         queries = describe_queries(extractor, asking, id, camera)
-        if exclude_same_camera and (queries.identities() == -1).any() | (queries.cameras() == -1).any():
+        if exclude_same_camera and LABELS.removes_nothing(queries.identities(), queries.cameras()).any():
             raise InputError("--exclude-same-camera: the query's identity or camera is not known; --id and --camera")
     if reranking is not None:
         lists = search_reranked(

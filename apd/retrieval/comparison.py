@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from apd.retrieval.evaluation import features_tensor, naming
+from apd.retrieval.evaluation import LABELS, features_tensor, integers_tensor, naming
 from apd.retrieval.features import FeatureSet
 from apd_kernels import pairwise_distance, rank_metrics
 
@@ -57,7 +57,7 @@ def retrieve(query: FeatureSet, gallery: FeatureSet) -> Retrieval:
         InputError: no query has an image of its identity in another camera.
     """
     x, y = features_tensor(query), features_tensor(gallery)
-    columns = [torch.from_numpy(values.astype(np.int64)) for values in _columns(query, gallery)]
+    columns = map(integers_tensor, _columns(query, gallery))
     with naming(query, gallery):
         result = rank_metrics(x, y, *columns, metric="cosine")
     counted = np.flatnonzero(result.valid.numpy())
@@ -99,9 +99,8 @@ def _columns(query: FeatureSet, gallery: FeatureSet) -> tuple[np.ndarray, ...]:
 def _pairs(query: FeatureSet, gallery: FeatureSet) -> tuple[np.ndarray, np.ndarray]:
     """bool (Q, G): of the same identity; removed from the ranking."""
     query_ids, gallery_ids, query_cams, gallery_cams = _columns(query, gallery)
-    same = query_ids[:, None] == gallery_ids
-    own_camera = (query_cams[:, None] == gallery_cams) & (query_cams[:, None] != -1)  # -1: not known
-    return same, (same & own_camera) | (gallery_ids == -1)
+    removed = LABELS.removed(query_ids[:, None], query_cams[:, None], gallery_ids, gallery_cams)
+    return query_ids[:, None] == gallery_ids, removed | LABELS.is_junk(gallery_ids)
 
 
 class ColourHistogram(nn.Module):

@@ -25,8 +25,10 @@ from apd_kernels import (
     rank_metrics,
     rank_metrics_from_distances,
 )
+from apd_kernels.evaluation.retrieval_metrics import Unlabelled
 
 RANKS = (1, 5, 10)
+LABELS = Unlabelled()  # −1 is no identity and no camera
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Conventions:
 
     `metric`, `ap`, `ties`, `single_shot` and `seed` are those of `apd_kernels.rank_metrics`. With `exclude_self` only
     the query's own image is left out, instead of all images of its identity in its own camera; with `ignore_cameras`
-    nothing is.
+    nothing is. `unlabelled` names the identity and the camera that are none.
     """
 
     metric: str = "cosine"
@@ -62,6 +64,7 @@ class Conventions:
     seed: int = 0
     exclude_self: bool = False
     ignore_cameras: bool = False
+    unlabelled: Unlabelled = LABELS
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -72,6 +75,7 @@ class Conventions:
             "single_shot": False if self.single_shot is None else {"draws": self.single_shot, "seed": self.seed},
             "exclude_self": self.exclude_self,
             "ignore_cameras": self.ignore_cameras,
+            **self.unlabelled._asdict(),
         }
 
 
@@ -132,6 +136,7 @@ def evaluate(query: FeatureSet, gallery: FeatureSet, conventions: Conventions, *
             exclude=exclude,
             single_shot=conventions.single_shot,
             seed=conventions.seed,
+            **conventions.unlabelled._asdict(),
         )
     return _figures(result, query, conventions)
 
@@ -156,8 +161,8 @@ def evaluate_shards(
     """
 
     def labels(rows: FeatureSet) -> tuple[Tensor, Tensor | None]:
-        ids = _integers(rows.identities(), device)
-        return ids, None if conventions.ignore_cameras else _integers(_cameras(rows), device)
+        ids = integers_tensor(rows.identities(), device)
+        return ids, None if conventions.ignore_cameras else integers_tensor(_cameras(rows), device)
 
     with naming(query):
         ranks = RankAccumulator(
@@ -167,6 +172,7 @@ def evaluate_shards(
             ap=conventions.ap,
             ties=conventions.ties,
             max_rank=max(RANKS),
+            **conventions.unlabelled._asdict(),
         )
     for step in (ranks.add_positives, ranks.count):
         for piece in gallery.pieces():
@@ -199,6 +205,7 @@ def evaluate_distances(distances: Path, query: FeatureSet, gallery: FeatureSet, 
             ties=conventions.ties,
             max_rank=max(RANKS),
             exclude=exclude,
+            **conventions.unlabelled._asdict(),
         )
     return _figures(result, query, conventions)
 
@@ -241,7 +248,13 @@ def evaluate_reranked(
     """
     labels = _labels(query, gallery, conventions, device)
     with naming(query, gallery):
-        result = reranked.rank_metrics(*labels, ap=conventions.ap, ties=conventions.ties, max_rank=max(RANKS))
+        result = reranked.rank_metrics(
+            *labels,
+            ap=conventions.ap,
+            ties=conventions.ties,
+            max_rank=max(RANKS),
+            **conventions.unlabelled._asdict(),
+        )
     return _figures(result, query, conventions)
 
 
@@ -287,10 +300,10 @@ def _labels(
     query: FeatureSet, gallery: FeatureSet, conventions: Conventions, device: str
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Identities of queries and gallery, and their cameras, where images of the query's own camera are left out."""
-    ids, gallery_ids = (_integers(rows.identities(), device) for rows in (query, gallery))
+    ids, gallery_ids = (integers_tensor(rows.identities(), device) for rows in (query, gallery))
     if conventions.exclude_self or conventions.ignore_cameras:
         return ids, gallery_ids, None, None
-    cams, gallery_cams = (_integers(_cameras(rows), device) for rows in (query, gallery))
+    cams, gallery_cams = (integers_tensor(_cameras(rows), device) for rows in (query, gallery))
     return ids, gallery_ids, cams, gallery_cams
 
 
@@ -300,7 +313,7 @@ def _cameras(rows: FeatureSet) -> np.ndarray:
     return rows.camids
 
 
-def _integers(values: np.ndarray, device: str) -> Tensor:
+def integers_tensor(values: np.ndarray, device: str = "cpu") -> Tensor:
     return torch.from_numpy(values.astype(np.int64)).to(device)
 
 

@@ -198,7 +198,8 @@ def load_extractor(
             returns a `torch.nn.Module`; or the folder of a run.
         device: where to compute.
         size: (height, width) of the images; None: as the timm model or the run has it, `IMAGE_SIZE` for one's own.
-        weights: of a timm model: a local file, or ``"none"`` for an untrained one (seed 0); None: those timm names.
+        weights: of a timm model: a local file, or ``"none"`` for an untrained one (seed 0); None: those timm names. Of
+            a network of one's own: a local file; a ``classifier`` in it may have another shape, or be absent.
         mean, std: by which the images of a network of one's own are normalized; None: ImageNet's.
         flip_test: whether descriptors are the mean over an image and its mirror image.
 
@@ -207,15 +208,21 @@ def load_extractor(
     """
     timm_name = spec.removeprefix("timm:") if spec.startswith("timm:") else None
     own = timm_name is None and _OWN.fullmatch(spec) is not None and not Path(spec).exists()
-    if weights is not None and timm_name is None:
-        raise InputError(f"--weights: is for timm:NAME, got the model {spec}")
+    if weights is not None and timm_name is None and (not own or weights == "none"):
+        raise InputError(f"--weights: is for timm:NAME, and a file for package.module:factory, got the model {spec}")
     if not own and (mean is not None or std is not None):
         raise InputError(f"--mean, --std: are for package.module:factory; {spec} has its own")
     if timm_name is not None:
         extractor = _timm_extractor(timm_name, device, size, weights)
     elif own:
-        module = nn.Sequential(Normalize(mean or IMAGENET_MEAN, std or IMAGENET_STD), _own_network(spec))
-        extractor = _foreign(module, size or IMAGE_SIZE, spec, device)
+        network = _own_network(spec)
+        if weights is not None:
+            from apd.models.weights import load_weights
+
+            load_weights(network, Path(weights), "--weights", lambda name: name.startswith("classifier."))
+        module = nn.Sequential(Normalize(mean or IMAGENET_MEAN, std or IMAGENET_STD), network)
+        label = spec if weights is None else f"{spec}, {weights}"
+        extractor = _foreign(module, size or IMAGE_SIZE, label, device)
     else:
         extractor = _run_extractor(spec, device, size)
     return replace(extractor, flip_test=flip_test)

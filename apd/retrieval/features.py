@@ -112,6 +112,9 @@ def load_features(path: Path, columns: Sequence[str] = ()) -> FeatureSet:
     if split is not None and not np.isin(split, list(SPLITS.values())).all():
         unknown = sorted(set(split.tolist()) - set(SPLITS.values()))
         raise InputError(f"{path}: split: expected 0 (train), 1 (query) or 2 (gallery), got {unknown[0]}")
+    for name in ("pids", "camids", *columns):
+        if name in arrays:
+            check_int64(f"{path}: {name}", arrays[name])
     names = arrays.get("names")
     return FeatureSet(
         path=path,
@@ -224,6 +227,12 @@ def _check_column(path: Path, name: str, header: _Header | None, kinds: str, wha
         raise InputError(f"{path}: {name}: expected shape ({count},) as features has rows, got {shape}")
     if dtype.itemsize > 4 * _LONGEST_NAME:
         raise InputError(f"{path}: {name}: expected strings of at most {_LONGEST_NAME:,} characters, got {dtype}")
+
+
+def check_int64(where: str, values: np.ndarray) -> None:
+    """InputError for numbers of 2⁶³ and more, which would become others."""
+    if values.dtype == np.uint64 and values.max(initial=0) >= 2**63:
+        raise InputError(f"{where}: expected numbers below 2**63, got {values.max()}")
 
 
 def difference(about: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:

@@ -14,11 +14,12 @@ from apd.data.datasets import DataSpec, read_dataset
 from apd.data.market import DISTRACTOR, label_of
 from apd.errors import InputError
 from apd.files import misfit
-from apd.retrieval.evaluation import Reranking, features_tensor
+from apd.retrieval.evaluation import LABELS, Reranking, features_tensor, integers_tensor
 from apd.retrieval.extraction import Extractor, extract, label_column, load_extractor
 from apd.retrieval.features import FeatureSet, difference
 from apd.retrieval.ranked_lists import RankedLists
 from apd_kernels import Gallery, RerankedDistances, SearchResult, k_reciprocal_rerank
+from apd_kernels.evaluation.retrieval_metrics import Unlabelled
 
 _OPTIONS = {"max_distance": "--max-distance", "parameters": "--parameter"}  # by the argument that they are given to
 
@@ -208,6 +209,7 @@ def search_features(
     k: int,
     *,
     exclude_same_camera: bool = False,
+    unlabelled: Unlabelled = LABELS,
     where: np.ndarray | None = None,
     max_distance: float | None = None,
     parameters: Mapping[str, int] | None = None,
@@ -219,6 +221,7 @@ def search_features(
         gallery: what is searched.
         k: images listed for each query.
         exclude_same_camera: without the images of a query's identity in its own camera.
+        unlabelled: the identity and the camera that equal nothing there.
         where, max_distance, parameters: as in `apd_kernels.Gallery.search`.
 
     Raises:
@@ -228,7 +231,13 @@ def search_features(
     k = min(k, max(1, len(gallery)))  # a column more would be memory for every query, and hold nothing
     try:
         found = gallery.search(
-            query.features, k, exclude_same=exclude, where=where, max_distance=max_distance, parameters=parameters
+            query.features,
+            k,
+            exclude_same=exclude,
+            where=where,
+            max_distance=max_distance,
+            parameters=parameters,
+            **unlabelled._asdict(),
         )
     except ValueError as error:
         argument = str(error).partition(":")[0]
@@ -244,13 +253,14 @@ def search_reranked(
     reranking: Reranking,
     *,
     exclude_same_camera: bool = False,
+    unlabelled: Unlabelled = LABELS,
     where: np.ndarray | None = None,
     device: str = "cpu",
 ) -> RankedLists:
     """Search every row by re-ranked distances to the whole gallery, of which what is left out is not listed.
 
     Args:
-        query, gallery, k, exclude_same_camera: as for `search_features`.
+        query, gallery, k, exclude_same_camera, unlabelled: as for `search_features`.
         reranking: of the gallery's metric.
         where: bool (N,), the rows that may be listed.
         device: where to compute.
@@ -268,7 +278,7 @@ def search_reranked(
     except ValueError as error:
         raise InputError(f"{query.path}, re-ranked: {error}") from error
     images = _Images(gallery.keys, gallery.ids, gallery.cams, _names(gallery))
-    return _ranked(reranked, query, images, k, gallery.metric, reranking, exclude_same_camera, where)
+    return _ranked(reranked, query, images, k, gallery.metric, reranking, exclude_same_camera, unlabelled, where)
 
 
 def rank_reranked(
@@ -280,20 +290,21 @@ def rank_reranked(
     reranking: Reranking,
     *,
     exclude_same_camera: bool = False,
+    unlabelled: Unlabelled = LABELS,
 ) -> RankedLists:
     """The k nearest gallery images of each query by re-ranked distances.
 
     Args:
         reranked: of these rows, with this `metric` and `reranking`.
         query, gallery: the rows.
-        k, exclude_same_camera: as for `search_features`.
+        k, exclude_same_camera, unlabelled: as for `search_features`.
     """
     ids, cams = (
-        torch.full((len(gallery),), -1) if values is None else torch.from_numpy(values.astype(np.int64))
+        torch.full((len(gallery),), -1) if values is None else integers_tensor(values)
         for values in (gallery.pids, gallery.camids)
     )
     images = _Images(torch.arange(len(gallery)), ids, cams, gallery.names)
-    return _ranked(reranked, query, images, k, metric, reranking, exclude_same_camera, None)
+    return _ranked(reranked, query, images, k, metric, reranking, exclude_same_camera, unlabelled, None)
 
 
 class _Images(NamedTuple):
@@ -313,6 +324,7 @@ def _ranked(
     metric: str,
     reranking: Reranking,
     exclude_same_camera: bool,
+    unlabelled: Unlabelled,
     where: np.ndarray | None,
 ) -> RankedLists:
     k = min(k, max(1, len(images.keys)))
@@ -323,7 +335,8 @@ def _ranked(
         if where is not None:
             block[:, torch.from_numpy(~where).to(block.device)] = torch.inf
         if pids is not None and camids is not None:
-            block[_same(pids[rows], images.ids, camids[rows], images.cams).to(block.device)] = torch.inf
+            ids, cams = (integers_tensor(values[rows])[:, None] for values in (pids, camids))
+            block[unlabelled.removed(ids, cams, images.ids, images.cams).to(block.device)] = torch.inf
         # Stable: equal distances by position, as in all lists.
         nearest = block.sort(dim=1, stable=True)
         distances[rows] = nearest.values[:, :k].float().cpu()
@@ -332,12 +345,6 @@ def _ranked(
     keys, ids, cams = (torch.where(positions < 0, -1, column[positions]) for column in images[:3])
     found = SearchResult(distances, keys, ids, cams)
     return RankedLists(query, metric, found, _listed(images.names, positions.numpy()), reranking)
-
-
-def _same(pids: np.ndarray, ids: Tensor, camids: np.ndarray, cams: Tensor) -> Tensor:
-    """bool (queries, images): of one identity and one camera; −1 equals nothing."""
-    same = (torch.from_numpy(pids)[:, None] == ids) & (torch.from_numpy(camids)[:, None] == cams)
-    return same & (ids != -1) & (cams != -1)
 
 
 def _names(gallery: Gallery) -> np.ndarray:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from apd.errors import InputError
-from apd.retrieval.features import FeatureSet, check_same_model, load_features, map_array
+from apd.retrieval.features import FeatureSet, check_int64, check_same_model, load_features, map_array
 
 _PIECE_BYTES = 1 << 26  # of a piece's features in float32; an evaluation holds a few copies of one piece
 _LABELS = (".pids.npy", ".camids.npy")
@@ -105,4 +105,5 @@ def _labels(path: Path, count: int) -> np.ndarray:
         raise InputError(
             f"{path}: expected integers ({count},) as there are features, got {values.dtype} {values.shape}"
         )
+    check_int64(str(path), values)
     return values

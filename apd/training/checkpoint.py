@@ -68,6 +68,11 @@ def load_checkpoint(run: Path, stage: str, shape: Mapping[str, Any] | None = Non
     return None
 
 
+def newest_step(run: Path, stage: str) -> int | None:
+    """Steps done in the newest checkpoint of a stage; None where there is none."""
+    return next((step for step, _ in _checkpoints(run, stage)), None)
+
+
 @contextmanager
 def restoring(run: Path, stage: str) -> Iterator[None]:
     """InputError where what a checkpoint holds is not for the networks of the run."""

@@ -66,7 +66,9 @@ def check_integers(name: str, values: Tensor, count: int, device: torch.device) 
     """(count,) integers on `device`: labels, identities, cameras."""
     check_tensor(name, values)
     if values.dtype not in INTEGER_DTYPES:
-        raise TypeError(f"{name}: expected an integer dtype, got {values.dtype}")
+        unsigned = str(values.dtype).startswith("torch.uint")
+        expected = "uint8 or a signed integer dtype" if unsigned else "an integer dtype"
+        raise TypeError(f"{name}: expected {expected}, got {values.dtype}")
     if values.dim() != 1 or values.shape[0] != count:
         raise ValueError(f"{name}: expected shape ({count},), got {tuple(values.shape)}")
     if values.device != device:

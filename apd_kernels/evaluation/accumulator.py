@@ -261,10 +261,16 @@ class RankAccumulator:
         matched = match(self._ids, gallery_ids, self._cams, gallery_cams, self._unlabelled)
         images = len(matched.gallery_rows)
         unit = self._metric == "cosine"
-        rows = sorted_rows(gallery, matched.gallery_rows, self._dtype, self._scale, self._centre, unit=unit)
-        squares = half_squares(rows)[:images] if self._metric in ("euclidean", "sqeuclidean") else None
+        padded_rows = sorted_rows(gallery, matched.gallery_rows, self._dtype, self._scale, self._centre, unit=unit)
+        rows, squares = padded_rows[:images], None
+        if self._metric in ("euclidean", "sqeuclidean"):
+            squares = half_squares(padded_rows)[:images]
+            far = ~squares.isfinite()  # ∞ − ∞ would be nowhere: these tie behind all others
+            if far.any():
+                rows[far] = 0
+                squares[far] = torch.finfo(squares.dtype).max
         with implementation_context(gallery, self._backend):
-            operands = self._ranking.prepared_rows(rows[:images], squares, self._precision)
+            operands = self._ranking.prepared_rows(rows, squares, self._precision)
         return Shard(matched, operands, gallery.shape[0], _mark(gallery_ids, gallery_cams))
 
     def add(self, shard: Shard) -> None:

@@ -496,6 +496,7 @@ def _prepared(features: dict[str, Tensor], metric: str) -> tuple[Tensor, int, Te
     elif count:
         scale = scale_of(largest, dtype)
         _, centre = centred_products(dimensions[:count], scale, "torch")
+        assert centre is not None
         rows *= scale
         dimensions[:count] -= centre
     return rows, count, scale

@@ -122,10 +122,7 @@ class Columns:
     def checked_exclusion(self, exclude_same: Any, count: int, unlabelled: Unlabelled) -> tuple[np.ndarray, np.ndarray]:
         if not isinstance(exclude_same, tuple) or len(exclude_same) != 2:
             raise TypeError(f"exclude_same: expected a pair (ids, cams), got {type(exclude_same).__name__}")
-        for name, column, missing in (
-            ("ids", self.ids, unlabelled.junk),
-            ("cams", self.cams, unlabelled.unknown_camera),
-        ):
+        for name, column, missing in zip(("ids", "cams"), (self.ids, self.cams), unlabelled, strict=True):
             if missing == -1 and len(self) and (column.values() == -1).all():
                 raise ValueError(f"exclude_same: expected a gallery with {name}; its rows were added without")
         ids, cams = exclude_same

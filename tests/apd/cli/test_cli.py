@@ -69,6 +69,8 @@ def _expected(arrays: dict[str, np.ndarray], metric: str, ap: str) -> dict[str, 
         "single_shot": False,
         "exclude_self": False,
         "ignore_cameras": False,
+        "junk": -1,
+        "unknown_camera": -1,
         "descriptor": None,
     }
 
@@ -427,3 +429,9 @@ def test_an_ascii_terminal(features: Path, tmp_path: Path) -> None:
     run = subprocess.run(command, capture_output=True, env={"PYTHONIOENCODING": "ascii"}, check=False)
     assert run.returncode == 0, run.stderr
     assert b"image 89 ?.jpg" in run.stdout or b" ?.jpg" in run.stdout
+
+
+def test_version() -> None:
+    import apd_kernels
+
+    assert _run("--version").strip() == apd_kernels.__version__

@@ -49,7 +49,10 @@ def test_expected_sums_over_many_equal_distances() -> None:
         group = [torch.tensor([float(value)], dtype=torch.float64) for value in (a, b, hits, negatives)]
         assert float(_expected_precisions(*group)) == pytest.approx(sums[0], rel=1e-10)
         assert float(_expected_precisions(*group, before=True)) == pytest.approx(sums[1], rel=1e-10)
-        last = sum(math.comb(m - 1, a - 1) / math.comb(size, a) / (hits + m) for m in range(a, size + 1))
+        ways, choices, last = math.comb(size, a), 1, 0.0
+        for m in range(a, size + 1):  # choices: C(m − 1, a − 1)
+            last += choices / ways / (hits + m)
+            choices = choices * m // (m - a + 1)
         assert float(_expected_inverse_of_last(group[0], group[1], group[2])) == pytest.approx(last, rel=1e-10)
 
 
@@ -100,14 +103,13 @@ def test_single_shot(backend: Backend) -> None:
         kept = ~((gallery_ids == query_ids[i]) & (gallery_cams == query_cams[i]))
         if not (kept & (gallery_ids == query_ids[i])).any():
             continue
+        images = [
+            (kept & (gallery_ids == identity)).nonzero()[:, 0].tolist() for identity in gallery_ids[kept].unique()
+        ]
+        own, place = (gallery_ids == query_ids[i]).tolist(), row.tolist()
         for _ in range(300):
-            chosen = [
-                draw.choice((kept & (gallery_ids == identity)).nonzero()[:, 0].tolist())
-                for identity in gallery_ids[kept].unique().tolist()
-            ]
-            rank = sorted(chosen, key=lambda j: float(row[j])).index(
-                next(j for j in chosen if gallery_ids[j] == query_ids[i])
-            )
+            chosen = [draw.choice(of_one) for of_one in images]
+            rank = sorted(chosen, key=place.__getitem__).index(next(j for j in chosen if own[j]))
             hits[rank:] += 1
             draws += 1
     assert (found.cmc.cpu() - hits / draws).abs().max() < 0.04 * (300 / shots) ** 0.5  # 5 standard deviations
