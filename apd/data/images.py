@@ -55,7 +55,9 @@ def load_image(path: Path | str, size: tuple[int, int] | None) -> np.ndarray:
         if image.mode == "F":  # what is white in it, 1.0 or 255.0, nobody says
             raise InputError(f"{path}: floating point pixels, whose white is not known; expected whole numbers")
         with _LARGE if width * height > _MANY_PIXELS else nullcontext():
-            return _pixels(image, size)
+            pixels = _pixels(image, size)
+            image.close()  # within the lock: the next one finds its memory free
+        return pixels
 
 
 def _pixels(image: Image.Image, size: tuple[int, int] | None) -> np.ndarray:
@@ -104,7 +106,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         picture = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), picture).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def within(folder: Path, name: str) -> Path:
