@@ -270,20 +270,23 @@ def search(
             max_distance=max_distance,
             parameters=parameters,
         )
+    shown = None
+    if folder is not None:
+        if query:
+            shown = lists if len(asking) == len(query) else lists.first(show)  # of a folder as of a feature file
+        else:
+            shown = lists.first(show).located(query_data or folder, outside=outside)
+        if not outside:
+            shown.check_within(folder)
     if queries.about:
         display.print_extractor(queries.about)
     display.print_lists(lists, images, show)
     if output is not None:
         write_lists(lists, output)
         terminal.print_written(output)
-    if folder is None:
+    if shown is None:
         return
-    if query:
-        shown = lists if len(asking) == len(query) else lists.first(show)  # of a folder as of a feature file
-    else:
-        shown = lists.first(show).located(query_data or folder, outside=outside)
-    if not outside:
-        shown.check_within(folder)
+    assert folder is not None
     if picture is not None:
         write_ranked_picture(shown, folder, picture)
         terminal.print_written(picture)

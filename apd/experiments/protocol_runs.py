@@ -243,9 +243,9 @@ def _read_result(path: Path, of: Mapping[str, str | None]) -> TargetResult | Non
     if not path.exists():
         return None
     content = read_json(path, _RESULT)
-    if {key: content.pop(key) for key in of} != of:
+    if any(content[key] != value for key, value in of.items()):
         return None
-    return TargetResult(**content)
+    return TargetResult(content["queries"], content["left_out"], content["splits"])
 
 
 def _by_target(results: Mapping[str, Mapping[str, TargetResult]]) -> dict[str, TargetResult]:

@@ -186,7 +186,7 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
     Raises:
         InputError: the file is no table of a training.
     """
-    if not path.is_file():
+    if not path.exists():
         return []
     with reading(path, "not the table of a training"), path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
