@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import secrets
 import stat
+import sys
 import time
 import zlib
 from collections.abc import Iterator
@@ -20,36 +22,82 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 from apd.errors import InputError
-from apd_kernels.gallery.atomic_folder import FolderBusy, exclusive, flush_folder
+from apd_kernels.gallery.atomic_folder import FolderBusy, exclusive, flush_folder, keep_mode
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A binary file to write, which becomes or replaces `path` in one step when the block ends without an error.
 
-    Whoever reads `path` finds the old content or the new one, never half of it. A link is followed, a file keeps its
-    mode, and a device or a pipe is written to as it is. What a process that was killed left behind is removed.
+    Whoever reads `path` finds the old content or the new one, never half of it. A link is followed; a file keeps its
+    mode and, where the system allows it, its owner; a device or a pipe is written to as it is, ``/dev/stdout`` and
+    ``/dev/fd/N`` among them. What a process that was killed left behind is removed.
     """
-    path = path.resolve() if path.is_symlink() else path
-    if path.exists() and not path.is_file() and not path.is_dir():
-        with path.open("wb") as file:
-            yield file
+    stream = _stream(path)
+    if stream is not None:
+        with stream:
+            yield stream
         return
+    path = path.resolve()
+    if not path.parent.is_dir():  # else the error would name the draft
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
     _sweep(path.parent)
     draft = path.with_name(f".{secrets.token_hex(8)}.tmp")  # not of the name, which may be as long as names can be
     try:
         with draft.open("xb") as file:
+            keep_mode(file, path)  # before anything is in it
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says that somebody is still writing
             yield file
             file.flush()
-            if path.is_file() and hasattr(os, "fchmod"):
-                os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
             os.fsync(file.fileno())
         os.replace(draft, path)
         flush_folder(path.parent)
     finally:
         draft.unlink(missing_ok=True)
+
+
+_STREAM = re.compile(r"/dev/(?:fd/(?P<number>\d+)|(?P<name>stdout|stderr))|/proc/self/fd/(?P<other>\d+)")
+
+
+def _stream(path: Path) -> BinaryIO | None:
+    """What is written to as it is; None for a file that is there or not."""
+    if match := _STREAM.fullmatch(str(path)):
+        number = {"stdout": 1, "stderr": 2}.get(match["name"]) or int(match["number"] or match["other"])
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()  # what was said before stands before
+        return os.fdopen(os.dup(number), "wb")  # opened by its name, a file would be begun anew
+    if not path.exists() or path.is_file() or path.is_dir():
+        return None
+    return path.open("wb")
+
+
+def check_destination(path: Path) -> None:
+    """Raise now what would keep `replacing` from writing `path`.
+
+    Raises:
+        InputError: it is a folder or a socket, its folder is missing, its name is too long, its links lead in a circle,
+            or there is no permission.
+    """
+    if _STREAM.fullmatch(str(path)):
+        return
+    try:
+        mode: int | None = path.stat().st_mode
+    except FileNotFoundError:
+        mode = None
+    except OSError as error:  # too long a name, links in a circle, a file where a folder should be
+        raise InputError(f"{path}: {error.strerror}") from None
+    if mode is not None and stat.S_ISDIR(mode):
+        raise InputError(f"{path}: expected a file name, got a folder")
+    if mode is not None and not stat.S_ISREG(mode):
+        if stat.S_ISSOCK(mode) or not os.access(path, os.W_OK):
+            raise InputError(f"{path}: cannot be written to")
+        return
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise InputError(f"{path}: there is no folder {folder if path.is_symlink() else path.parent}")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{path}: no permission to write to {folder}")
 
 
 _DRAFT = re.compile(r"\.([^/]+\.)?[0-9a-f]{8,16}\.tmp")
@@ -76,31 +124,100 @@ def reading(path: Path, what: str = "cannot be read, or is cut off or damaged") 
     """Whatever goes wrong in a file that is read becomes one line that names it.
 
     Raises:
-        InputError: anything was raised within.
+        InputError: anything was raised within; or `path` is no file: a pipe could be waited for without end.
     """
     try:
+        check_file(path)
         yield
     except InputError:
         raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: expected a file, found a folder") from None
     except PermissionError:
         raise InputError(f"{path}: no permission to read it") from None
     except Exception as error:  # what parsers raise for damage is a long list: TokenError, RecursionError, csv.Error, …
-        raise InputError(f"{path}: {what}: {printable(str(error))}") from error
+        reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+        reason = reason.replace(f" {str(path)!r}", "")  # Pillow names the file, too
+        raise InputError(f"{path}: {what}: {printable(reason[:_LONGEST])}") from error
+
+
+_LONGEST = 300  # characters of a parser's message, which may hold all that it could not understand
+
+
+def check_file(path: Path) -> None:
+    """InputError for a folder, a pipe, a device or a socket; OSError where nothing is there."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        found = "a folder" if stat.S_ISDIR(mode) else "a pipe, a device or a socket"
+        raise InputError(f"{path}: expected a file, found {found}")
+
+
+def read_json(path: Path, shape: Any) -> Any:
+    """The contents of a JSON file, once they are found to have a shape (`misfit`).
+
+    Raises:
+        InputError: the file is missing or damaged, or has another shape; the message says where.
+    """
+    with reading(path, "damaged"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if found := misfit(content, shape):
+            raise InputError(f"{path}: {found}")
+    return content
+
+
+def misfit(value: Any, shape: Any, where: str = "") -> str | None:
+    """What of a value has another shape than expected, in words; None where all of it fits.
+
+    Args:
+        value: what a file held.
+        shape: a type, or a tuple of types, of which `float` is any finite number; ``[shape]``, a list of such; or a
+            dictionary with the shapes of the values by key. There a key that ends in ``?`` may be absent, and `...`
+            stands for all other keys, which may hold anything where it is not given.
+        where: the name of the value.
+    """
+    if isinstance(shape, list) and isinstance(value, list):
+        parts = [(f"{where}[{i}]", one, shape[0]) for i, one in enumerate(value)]
+    elif isinstance(shape, dict) and isinstance(value, dict):
+        if missing := [key for key in shape if key is not ... and not key.endswith("?") and key not in value]:
+            return f"{where}: no {missing[0]!r}".removeprefix(": ")
+        named = {key if key is ... else key.removesuffix("?"): one for key, one in shape.items()}
+        shapes = ((key, named.get(key, named.get(..., object))) for key in value)
+        parts = [(f"{where}.{key}".removeprefix("."), value[key], one) for key, one in shapes]
+    else:
+        kinds = shape if isinstance(shape, tuple) else (type(shape) if isinstance(shape, (list, dict)) else shape,)
+        if not isinstance(shape, (list, dict)) and any(_is(value, kind) for kind in kinds):
+            return None
+        expected = " or ".join(_KINDS.get(kind, kind.__name__) for kind in kinds)
+        return f"{where}: expected {expected}, got {_KINDS.get(type(value), type(value).__name__)}".removeprefix(": ")
+    return next((found for name, one, inner in parts if (found := misfit(one, inner, name))), None)
+
+
+_KINDS: dict[type, str] = {
+    **{str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "nothing"},
+    **{list: "a list", dict: "keys with values"},
+}
+
+
+def _is(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):
+        return kind in (bool, object)
+    if kind is float:
+        return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+    return isinstance(value, kind)
 
 
 def sample_of(path: Path) -> str:
-    """Size of a file and checksum of its first 4 KB, for short: another picture of one name shows in it, and a hundred
-    thousand of them take seconds. A change of pixels behind the first 4 KB that keeps the size does not.
+    """Size of a file and checksum of its first 64 KB, for short.
+
+    That is the whole of nearly every picture of a person, and costs little more than to open the file, so that a
+    hundred thousand of them take seconds. A change behind the first 64 KB that keeps the size does not show. The time
+    of the last change is left out: a copy of a data set, or a checkout of one, has other times.
 
     Raises:
         InputError: it cannot be read.
     """
     with reading(path), path.open("rb") as file:
-        return f"{os.fstat(file.fileno()).st_size:x}-{zlib.crc32(file.read(4096)):08x}"
+        return f"{os.fstat(file.fileno()).st_size:x}-{zlib.crc32(file.read(1 << 16)):08x}"
 
 
 def printable(text: str) -> str:

@@ -13,7 +13,6 @@ baseline/             with ``trunk: self``: the run of the trunk
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from torch.nn.functional import normalize
 
 from apd.config.values import Config
 from apd.errors import InputError
-from apd.files import reading, write_bytes, write_json
+from apd.files import read_json, reading, write_bytes, write_json
 
 if TYPE_CHECKING:
     from apd.models.spnet import SPNet
@@ -82,8 +81,7 @@ class Run:
         """SP-Net in evaluation mode, on the CPU."""
         from apd.models.spnet import build_spnet
 
-        state = load_tensors(self._file(WEIGHTS))
-        self._check_unchanged(WEIGHTS)
+        state = self._tensors(WEIGHTS)
         classifier = state.get("heads.classifier.weight")
         if classifier is None or classifier.ndim != 2:
             raise InputError(f"{self.path / WEIGHTS}: no SP-Net: it lacks heads.classifier.weight")
@@ -111,16 +109,24 @@ class Run:
         path = self.path / GENERATOR
         if not path.is_file():
             raise InputError(f"{self.path}: no {GENERATOR}: the run has no finished stage 1")
-        state = load_tensors(path)
-        self._check_unchanged(GENERATOR)
-        _load_state(generator, state, path)
+        _load_state(generator, self._tensors(GENERATOR), path)
         return generator.eval().to(device)
 
-    def _check_unchanged(self, name: str) -> None:
-        """As it was when the training ended; runs of older versions do not say."""
+    def content(self, name: str) -> bytes:
+        """A file of weights, as it was when its stage ended; runs of older versions do not say.
+
+        Raises:
+            InputError: there is no such file, or it has changed since.
+        """
+        path = self._file(name)
+        content = path.read_bytes()
         expected = self.info().get("weights", {}).get(name)
-        if expected is not None and sha256_of(self._file(name)) != expected:
-            raise InputError(f"{self.path / name}: has changed since the training of its run ended")
+        if expected is not None and hashlib.sha256(content).hexdigest() != expected:
+            raise InputError(f"{path}: has changed since its training ended: another SHA-256 than in {INFO}")
+        return content
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        return load_tensors(self.path / name, self.content(name))
 
     def _file(self, name: str) -> Path:
         path = self.path / name
@@ -134,15 +140,12 @@ def sha256_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file; InputError where it is damaged."""
-    from safetensors import SafetensorError
+def load_tensors(path: Path, content: bytes | None = None) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, of which the content may have been read; InputError where it is damaged."""
     from safetensors.torch import load
 
-    try:
-        return load(path.read_bytes())
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a .safetensors file, or cut off or damaged") from error
+    with reading(path, "not a .safetensors file, or cut off or damaged"):
+        return load(path.read_bytes() if content is None else content)
 
 
 def save_tensors(path: Path, model: nn.Module) -> None:
@@ -159,21 +162,31 @@ def _load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         raise InputError(f"{path}: its tensors do not fit the run's {CONFIG}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    with reading(path, "damaged"):
-        content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected an object, got {type(content).__name__}")
-    return content
+_INFO = {
+    **{"data?": [str], "images?": str, "contents?": {...: str}, "files?": {...: str}, "weights?": {...: str}},
+    **{
+        "started?": str,
+        "finished?": str,
+        "versions?": {...: str},
+        "threads?": int,
+        "trunk_choice?": str,
+        "trunk?": str,
+    },
+    **{"seconds?": {...: float}, "camera_distance?": (float, type(None)), "own_test?": {...: {...: {...: float}}}},
+    **{"collapsed?": {"step": int, ...: float}, "mpg_stopped?": {...: float}, "extended?": bool},
+}
 
 
 def read_info(path: Path) -> dict[str, Any]:
-    """The contents of run.json of a run folder; empty where there is none."""
-    return _read_json(path / INFO)
+    """The contents of run.json of a run folder; empty where there is none.
+
+    Raises:
+        InputError: it is damaged, or a value is of another kind than a training writes.
+    """
+    found: dict[str, Any] = read_json(path / INFO, _INFO) if (path / INFO).exists() else {}
+    return found
 
 
 def update_info(path: Path, **changes: Any) -> None:
     """Add to run.json of the run folder."""
-    write_json(path / INFO, {**_read_json(path / INFO), **changes})
+    write_json(path / INFO, {**read_info(path), **changes})

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from apd.cli.common import Device, DeviceOption, check_file, reported, torch_device
+from apd.cli.common import Device, DeviceOption, check_file, line, reported, torch_device
 
 
 @reported
@@ -86,6 +86,6 @@ def ablate(
         insert(into, plan.path.stem, text)
         print_written(into)
     for name, message in failed.items():
-        typer.secho(f"Error: {name}: {message}", fg="red", err=True)
+        typer.secho(f"Error: {line(f'{name}: {message}')}", fg="red", err=True)
     if failed:
         raise typer.Exit(1)

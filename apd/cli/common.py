@@ -7,7 +7,8 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -37,13 +38,13 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show must not end the command
                 stream.reconfigure(errors="replace")
-        with warnings.catch_warnings():
+        with _safe_path(), warnings.catch_warnings():
             warnings.simplefilter("always", DataWarning)
-            warnings.showwarning = _data_warnings_in_one_line(warnings.showwarning)
+            warnings.showwarning = _warnings_in_one_line(warnings.showwarning)
             try:
                 command(*args, **kwargs)
             except Interrupted as error:
-                typer.secho(str(error), fg="yellow", err=True)
+                typer.secho(line(error), fg="yellow", err=True)
                 raise typer.Exit(128 + error.signum) from None
             except KeyboardInterrupt:
                 typer.secho("interrupted", fg="red", err=True)
@@ -60,19 +61,37 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _data_warnings_in_one_line(otherwise: Callable[..., None]) -> Callable[..., None]:
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Processes that a command starts, such as those that read images, import nothing from the current folder.
+
+    Python before 3.11 does not look at the variable.
+    """
+    name = "PYTHONSAFEPATH"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
+def _warnings_in_one_line(otherwise: Callable[..., None]) -> Callable[..., None]:
     def show(
         message: Warning | str,
         category: type[Warning],
         filename: str,
         lineno: int,
         file: TextIO | None = None,
-        line: str | None = None,
+        text: str | None = None,
     ) -> None:
         if issubclass(category, DataWarning):
-            typer.secho(f"Warning: {_line(message)}", fg="yellow", err=True)
+            typer.secho(f"Warning: {line(message)}", fg="yellow", err=True)
         else:
-            otherwise(message, category, filename, lineno, file, line)
+            shown = line(message)
+            otherwise(message if shown == str(message) else shown, category, filename, lineno, file, text)
 
     return show
 
@@ -90,11 +109,12 @@ def _exit_code(error: Exception) -> int | None:
 
 def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
-        return _line(f"{error.filename}: {error.strerror}")
-    return _line(error)
+        return line(f"{os.fsdecode(error.filename)}: {error.strerror}")
+    return line(error)
 
 
-def _line(message: object) -> str:
+def line(message: object) -> str:
+    """A message for the terminal, in one line, with the names of files escaped."""
     from apd.files import printable
 
     return " ".join(printable(part) for part in str(message).split(" ") if part.strip())
@@ -124,14 +144,13 @@ def check_file(path: Path | None, option: str, endings: tuple[str, ...] = ()) ->
 
     Called before the work, not after it.
     """
+    from apd.files import check_destination
+
     if path is None:
         return
     if endings and path.suffix not in endings:
         raise InputError(f"{option} {path}: expected a name that ends in {' or '.join(endings)}")
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise InputError(f"{option} {path}: there is no folder {path.parent}")
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"{option} {path}: no permission to write to {folder}")
-    if path.is_dir():
-        raise InputError(f"{option} {path}: expected a file name, got a folder")
+    try:
+        check_destination(path)
+    except InputError as error:
+        raise InputError(f"{option} {error}") from None

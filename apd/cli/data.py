@@ -48,7 +48,7 @@ def check(
             findings = findings + check_images(report.folder, advance)
     _print_report(report)
     for finding in findings:
-        terminal.console.print(finding, style="yellow", soft_wrap=True, markup=False)
+        terminal.console.print(finding, style="yellow", soft_wrap=True)
     if findings:
         raise typer.Exit(2)
     looked = "every image was read" if images else "no image was opened: --images does"
@@ -63,13 +63,13 @@ def known() -> None:
 
     for dataset in DATASETS.values():
         variants = f"; variants {', '.join(dataset.variants)}" if dataset.variants else ""
-        console.print(f"[bold]{dataset.name:<12}[/bold]{dataset.title}{variants}", soft_wrap=True)
+        console.print(f"[bold]{dataset.name:<12}[/bold]{dataset.title}{variants}", soft_wrap=True, markup=True)
         holds = " or ".join(" and ".join(layout) for layout in dataset.layouts)
         sizes = [(part, size) for part in PARTS if (size := dataset.counts(part, next(iter(dataset.variants), None)))]
         published = ", ".join(f"{part} {size.images:,} of {size.identities:,}" for part, size in sizes)
         for title, text in (("holds", holds), ("published", published and f"images of identities: {published}")):
             if text:
-                console.print(f"{'':<12}[dim]{title:<10}[/dim]{text}", soft_wrap=True)
+                console.print(f"{'':<12}[dim]{title:<10}[/dim]{text}", soft_wrap=True, markup=True)
     console.print(
         "NAME:PATH or NAME/VARIANT:PATH; as a source NAME+test:PATH trains on query and gallery too.", soft_wrap=True
     )
@@ -82,7 +82,7 @@ def _print_report(report: Report) -> None:
     from apd.console import console
 
     junk = f", {report.folder.junk:,} junk left out" if report.folder.junk else ""
-    console.print(f"{report.dataset.title}: {report.folder.path}{junk}", soft_wrap=True, markup=False)
+    console.print(f"{report.dataset.title}: {report.folder.path}{junk}", soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for column in ("part", "images", "identities", "cameras", "distractors"):
         table.add_column(column)

@@ -282,7 +282,7 @@ def rerank(
     lists = rank_reranked(reranked, queries, images, k, chosen, reranking, exclude_same_camera=exclude_same_camera)
     write_lists(lists, output)
     if lacking is not None:
-        terminal.console.print(f"note: no figures: {lacking}", soft_wrap=True, markup=False)
+        terminal.console.print(f"note: no figures: {lacking}", soft_wrap=True)
     else:
         warn_of_distractors(queries)
         before = Conventions(metric=chosen, ap=ap.value, ties=ties.value, ignore_cameras=ignore_cameras)

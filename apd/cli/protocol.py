@@ -56,7 +56,8 @@ def run(
     where = locate(protocol.data_sets, data_root, [DataSpec.parse(one) for one in data or ()])
     folder = output or Path("runs") / (protocol.tasks[0].folder if source is not None else protocol.name)
     results = run_protocol(protocol, where, load_config(config, values or ()), folder, on)
-    console.print(as_markdown(protocol, where, results), soft_wrap=True, markup=False)
+    for line in as_markdown(protocol, where, results).splitlines():
+        console.print(line, soft_wrap=True)
     print_written(folder / "table.md", folder / "table.json")
 
 
@@ -67,11 +68,13 @@ def known() -> None:
     from apd.experiments.protocols import PROTOCOLS, SINGLE_SOURCE
 
     for protocol in PROTOCOLS.values():
-        console.print(f"[bold]{protocol.name:<15}[/bold]{protocol.text}", soft_wrap=True)
+        console.print(f"[bold]{protocol.name:<15}[/bold]{protocol.text}", soft_wrap=True, markup=True)
         for task in protocol.tasks:
             console.print(f"{'':<15}{task.name}", soft_wrap=True)
         for figures in protocol.published:
             cells = (f"{target} {mAP} / {rank1}" for target, (mAP, rank1) in figures.by_target.items())
             text = f"published, mAP / rank-1: {figures.method}: {', '.join(cells)}"
-            console.print(f"{'':<15}[dim]{text}[/dim]", soft_wrap=True)
-    console.print(f"[bold]{SINGLE_SOURCE:<15}[/bold]--source A --target B: the training images of one data set")
+            console.print(f"{'':<15}[dim]{text}[/dim]", soft_wrap=True, markup=True)
+    console.print(
+        f"[bold]{SINGLE_SOURCE:<15}[/bold]--source A --target B: the training images of one data set", markup=True
+    )

@@ -202,13 +202,20 @@ def search(
         Path | None,
         typer.Option(help="The same of the images of --features.", show_default="the gallery's folder"),
     ] = None,
+    outside: Annotated[
+        bool,
+        typer.Option(
+            "--outside",
+            help="With --picture or --report: show images outside of these folders, too, to which names or links lead.",
+        ),
+    ] = False,
     device: DeviceOption = Device.auto,
 ) -> None:
     """The nearest gallery images of each query: of an image, or of each row of a feature file."""
     if (features is None) == (not query):
         raise InputError("give either --query IMAGE or --features")
     of_images = {"--id": id, "--camera": camera, "--checkpoint": checkpoint}
-    of_pictures = {"--data": data, "--query-data": query_data}
+    of_pictures: dict[str, object] = {"--data": data, "--query-data": query_data, "--outside": outside or None}
     of_distances = {"--max-distance": max_distance, "--parameter": parameter or None}
     drawn = picture is not None or report is not None
     _refuse(features is not None, of_images, "is for --query IMAGE, not for --features")
@@ -267,18 +274,23 @@ def search(
             max_distance=max_distance,
             parameters=parameters,
         )
+    shown = None
+    if folder is not None:
+        if query:
+            shown = lists if len(asking) == len(query) else lists.first(show)  # of a folder as of a feature file
+        else:
+            shown = lists.first(show).located(query_data or folder, outside=outside)
+        if not outside:
+            shown.check_within(folder)
     if queries.about:
         display.print_extractor(queries.about)
     display.print_lists(lists, images, show)
     if output is not None:
         write_lists(lists, output)
         terminal.print_written(output)
-    if folder is None:
+    if shown is None:
         return
-    if query:
-        shown = lists if len(asking) == len(query) else lists.first(show)  # of a folder as of a feature file
-    else:
-        shown = lists.first(show).located(query_data or folder)
+    assert folder is not None
     if picture is not None:
         write_ranked_picture(shown, folder, picture)
         terminal.print_written(picture)

@@ -14,7 +14,7 @@ import yaml
 
 from apd.config.values import SECTIONS, SETTINGS, Config, Setting, check, described
 from apd.errors import InputError
-from apd.files import write_text
+from apd.files import reading, write_text
 
 # Scalars as in YAML 1.2: `no` is text, 1e-3 a number and 1:30 not one; a number may still be written 20_000.
 _SCALARS = (
@@ -137,19 +137,12 @@ def read_mapping(path: Path) -> dict[Any, Any]:
     Raises:
         InputError: it is missing, or not such a file, or gives a key twice.
     """
-    try:
-        content = yaml.load(path.read_bytes(), _Loader)  # a SafeLoader: makes plain values only
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: expected a file, found a folder") from None
-    except PermissionError:
-        raise InputError(f"{path}: no permission to read it") from None
-    except yaml.MarkedYAMLError as error:
-        line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
-        raise InputError(f"{path}: {line}{error.problem}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    with reading(path, "not YAML"):
+        try:
+            content = yaml.load(path.read_bytes(), _Loader)  # a SafeLoader: makes plain values only
+        except yaml.MarkedYAMLError as error:
+            line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
+            raise InputError(f"{path}: {line}{error.problem}") from error
     if not isinstance(content, dict):
         found = "nothing" if content is None else described(content)
         raise InputError(f"{path}: expected keys with values, such as 'seed: 0', got {found}")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -13,12 +15,15 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from apd.errors import InputError
+from apd.files import reading
 
 BACKGROUND = (255, 255, 255)  # white behind transparent pixels, as viewers show them
 # Named, because Pillow hands some other formats to outside programs.
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "GIF", "JPEG2000", "PPM")
 MAX_PIXELS = 64 * 1024**2  # more is no picture of a person, but a file made to fill the memory
 MAX_SIDE = 20_000
+_MANY_PIXELS = 4 * 1024**2
+_LARGE = Lock()  # held while an image of more is read: all threads of a process together read one such image
 _THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -39,33 +44,27 @@ def load_image(path: Path | str, size: tuple[int, int] | None) -> np.ndarray:
     Raises:
         InputError: the file is missing, cut off, or no such image.
     """
-    if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
-        raise InputError(f"{path}: expected a file, found a pipe or a device")  # which would wait for ever
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            if max(width, height) > MAX_SIDE:  # to resize one costs memory by its sides
-                raise InputError(f"expected sides of at most {MAX_SIDE:,} pixels, got {width} × {height}")
-            if width * height > MAX_PIXELS:
-                raise InputError(f"expected an image of at most {MAX_PIXELS:,} pixels, got {width} × {height}")
-            image.load()
-            if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):  # 1, 255 or 65,535 may be white
-                raise InputError("pixels of 32 bits, whose white is not known; expected 8 or 16")
-            ImageOps.exif_transpose(image, in_place=True)
-            rgb = _as_rgb(image)
-            if size is not None:
-                rgb = rgb.resize((size[1], size[0]), Image.Resampling.BICUBIC)
-            return np.array(rgb)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: expected a file, found a folder") from None
-    except PermissionError:
-        raise InputError(f"{path}: no permission to read it") from None
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more for damage
-        raise InputError(f"{path}: cannot be read as an image, or is cut off or damaged") from error
+    path = Path(path)
+    unreadable = "cannot be read as an image, or is cut off or damaged"
+    with reading(path, unreadable), Image.open(path, formats=FORMATS) as image:
+        width, height = image.size
+        if max(width, height) > MAX_SIDE:  # to resize one costs memory by its sides
+            raise InputError(f"{path}: expected sides of at most {MAX_SIDE:,} pixels, got {width} × {height}")
+        if width * height > MAX_PIXELS:
+            raise InputError(f"{path}: expected an image of at most {MAX_PIXELS:,} pixels, got {width} × {height}")
+        if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):  # 1, 255 or 65,535 may be white
+            raise InputError(f"{path}: pixels of 32 bits, whose white is not known; expected 8 or 16")
+        with _LARGE if width * height > _MANY_PIXELS else nullcontext():
+            pixels = _pixels(image, size)
+            image.close()  # within the lock: the next one finds its memory free
+        return pixels
+
+
+def _pixels(image: Image.Image, size: tuple[int, int] | None) -> np.ndarray:
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    rgb = _as_rgb(image)
+    return np.array(rgb if size is None else rgb.resize((size[1], size[0]), Image.Resampling.BICUBIC))
 
 
 def check_readable(paths: Sequence[Path | str], advance: Callable[[int], None] = lambda done: None) -> None:
@@ -99,24 +98,27 @@ def check_readable(paths: Sequence[Path | str], advance: Callable[[int], None] =
 
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255
-        values = np.asarray(image).astype(np.int64)
-        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+        values = np.asarray(image).clip(0, 65535).astype(np.uint32)
+        values *= 255
+        values += 32767
+        values //= 65535
+        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         picture = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), picture).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def within(folder: Path, name: str) -> Path:
-    """The file of a name that a gallery or a feature file brings: of the folder, or of its own where it is absolute, as
-    those of images that were appended from another data set are.
+    """The file of a name that a gallery or a feature file brings, which may not lead out of its folder.
 
     Raises:
-        InputError: it goes up from the folder.
+        InputError: it is absolute, goes up, or is a link that leads to somewhere else.
     """
-    if ".." in Path(name).parts:
-        raise InputError(f"{name}: leads out of {folder}, where the images are")
-    return folder / name
+    path = folder / name
+    if "\0" in name or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise InputError(f"{name}: leads out of {folder}, where the images are; --outside shows such images, too")
+    return path
 
 
 class ImageStore:

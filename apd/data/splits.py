@@ -6,7 +6,6 @@ feature files and image lists can both be cut by it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 
 from apd.data.market import DISTRACTOR
 from apd.errors import InputError
-from apd.files import write_json
+from apd.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -180,16 +179,14 @@ def read_splits(path: Path, names: Sequence[str]) -> list[Split]:
         InputError: the file is damaged, holds no split, or names an image that is not there.
     """
     places = {name: row for row, name in enumerate(names)}
+    lists = read_json(path, [{"query": [str], "gallery": [str]}])
     try:
-        lists = json.loads(path.read_text(encoding="utf-8"))
         splits = [
             Split(*(np.array([places[name] for name in one[side]], np.int64) for side in ("query", "gallery")))
             for one in lists
         ]
     except KeyError as error:
-        raise InputError(f"{path}: names {error}, which is not among the {len(places)} images") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: expected a list of splits with query and gallery, as JSON: {error}") from error
+        raise InputError(f"{path}: names {str(error)[:200]}, which is not among the {len(places)} images") from None
     if not splits:
         raise InputError(f"{path}: expected a list of splits, got an empty one")
     return splits

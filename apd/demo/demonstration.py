@@ -56,7 +56,8 @@ class Stages:
         start = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
-        console.print(f"{name}: {self.seconds[name]:.0f} s\n", style="bold green")
+        console.print(f"{name}: {self.seconds[name]:.0f} s", style="bold green")
+        console.print()
 
 
 def run_demo(
@@ -131,9 +132,10 @@ def run_demo(
     write_json(output / FIGURES, _MADE_BY | figures(demo))
     _print(demo)
     print_written(output / REPORT, output / FIGURES)
-    console.print("\nHow to go on:")
+    console.print()
+    console.print("How to go on:")
     for line in commands:
-        console.print(f"  {line}", soft_wrap=True, markup=False)
+        console.print(f"  {line}", soft_wrap=True)
     return demo
 
 

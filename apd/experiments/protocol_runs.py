@@ -31,7 +31,7 @@ from apd.data.market import ReidFolder, check_answers
 from apd.data.splits import Split, read_splits, write_splits
 from apd.errors import DataWarning, InputError
 from apd.experiments.protocols import AVERAGE, Protocol, Task
-from apd.files import write_json, write_text
+from apd.files import read_json, write_json, write_text
 from apd.retrieval.extraction import Extractor, extract_folder, load_extractor
 from apd.retrieval.features import FeatureSet
 from apd.run import CONFIG, Run
@@ -102,11 +102,7 @@ def _check_folder(protocol: Protocol, data: Mapping[str, DataSpec], config: Conf
         output.mkdir(parents=True, exist_ok=True)
         write_json(path, wanted)
         return
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: damaged: {error}") from error
-    for key, before, now in _changes("", found, wanted):
+    for key, before, now in _changes("", read_json(path, {}), wanted):
         raise InputError(f"{output}: was begun with {key} {before}, not {now}; choose another --output")
 
 
@@ -230,6 +226,12 @@ def _measure(rows: FeatureSet, splits: Sequence[Split], device: str) -> TargetRe
     return TargetResult(queries, left_out, found)
 
 
+_RESULT = {
+    **{"weights": str, "lists": (str, type(None)), "queries": int, "left_out": int},
+    "splits": [dict.fromkeys(FIGURES, float)],
+}
+
+
 def _of(run: Run, lists: Path) -> dict[str, str | None]:
     """What a result is of: the network, and the splits where there are some."""
     splits = hashlib.sha256(lists.read_bytes()).hexdigest() if lists.exists() else None
@@ -238,15 +240,12 @@ def _of(run: Run, lists: Path) -> dict[str, str | None]:
 
 def _read_result(path: Path, of: Mapping[str, str | None]) -> TargetResult | None:
     """A result that was written before; None where there is none, or that of another network or of other splits."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if {key: content.pop(key, "") for key in of} == of:
-            return TargetResult(**content)
-    except FileNotFoundError:
-        pass
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path}: damaged: {error}") from error
-    return None
+    if not path.exists():
+        return None
+    content = read_json(path, _RESULT)
+    if any(content[key] != value for key, value in of.items()):
+        return None
+    return TargetResult(content["queries"], content["left_out"], content["splits"])
 
 
 def _by_target(results: Mapping[str, Mapping[str, TargetResult]]) -> dict[str, TargetResult]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from apd.console import console
 from apd.errors import InputError
+from apd.files import reading
 from apd.models.cnn import is_branch_statistic
 
 LITE0 = "tf_efficientnet_lite0"
@@ -61,9 +62,11 @@ def load_state(path: Path, argument: str) -> tuple[dict[str, Tensor], list[str]]
     Raises:
         InputError: there is no such file, it is damaged, it would run code, or it holds something else.
     """
-    if not path.is_file():
-        what = "expected a file of weights, found a folder" if path.is_dir() else "no such file"
-        raise InputError(f"{argument}: {path}: {what}")
+    try:
+        with reading(path):
+            pass  # it is a file, and no pipe
+    except InputError as error:
+        raise InputError(f"{argument}: {error}") from None
     content = _loaded(path, argument)
     inside: list[str] = []
     while (name := _container(content)) is not None:

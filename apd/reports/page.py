@@ -19,7 +19,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from apd.config.values import SETTINGS, Config, shown, value_of
-from apd.data.images import load_image, within
+from apd.data.images import load_image
 from apd.errors import InputError
 from apd.files import write_text
 from apd.retrieval.comparison import Chance, Difference, Retrieval
@@ -259,7 +259,7 @@ def ranked_strips(lists: RankedLists, queries: Sequence[int], folder: Path, note
             frame = "" if not known else "right" if found == pid else "wrong"
             place = f"{rank} {_SIGNS[frame]}".rstrip()
             caption = (place, *_labels(("camera", found_camera)), f"{distance:#.3g}")
-            tiles.append(_tile(within(folder, found_name), caption, frame))
+            tiles.append(_tile(folder / found_name, caption, frame))
         strips.append(Strip(note, _tile(Path(name), ("query", *_labels(("camera", camera), ("identity", pid)))), tiles))
     return strips
 

@@ -7,7 +7,7 @@ from textwrap import wrap
 
 from PIL import Image, ImageDraw, ImageFont
 
-from apd.data.images import load_image, within
+from apd.data.images import load_image
 from apd.errors import InputError
 from apd.files import replacing
 from apd.retrieval.ranked_lists import RankedLists
@@ -53,7 +53,7 @@ def write_ranked_picture(lists: RankedLists, folder: Path, path: Path) -> None:
             frame = UNKNOWN if pid in (None, -1) else RIGHT if found == pid else WRONG
             caption = [f"{rank}: {distance:.4f}", *_labels(found, found_camera)]
             left = 2 * _GAP + rank * _CELL[0]
-            _draw(draw, picture, (left, top), within(folder, found_name), found_name, frame, caption)
+            _draw(draw, picture, (left, top), folder / found_name, found_name, frame, caption)
     with replacing(path) as file:
         picture.save(file, "PNG" if path.suffix == ".png" else "JPEG", quality=92)
 

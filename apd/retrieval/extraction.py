@@ -286,8 +286,8 @@ def _foreign(module: nn.Module, size: tuple[int, int], name: str, device: str) -
 
 def _own_network(spec: str) -> nn.Module:
     module_name, _, name = spec.partition(":")
-    if (here := os.getcwd()) not in sys.path:  # as `python -m` does
-        sys.path.insert(0, here)
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)  # behind all others: what lies here stands in for nothing that is installed
     try:
         module = importlib.import_module(module_name)
     except Exception as error:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from apd.errors import InputError
-from apd.files import reading, replacing
+from apd.files import misfit, reading, replacing
 
 SPLITS = {"train": 0, "query": 1, "gallery": 2}
 ARRAYS = ("features", "pids", "camids", "split", "names")
@@ -97,23 +97,13 @@ def load_features(path: Path, columns: Sequence[str] = ()) -> FeatureSet:
         InputError: the file, or one of its arrays, is missing, damaged, or of another kind than described above.
     """
     with _opened(path) as archive:
-        _check_headers(path, archive)
+        about = _check_headers(path, archive, columns)
         arrays: dict[str, np.ndarray] = {}
-        about = (*ABOUT, *ABOUT_RUN) if set(ABOUT) <= set(archive.files) else ()
         for name in (*ARRAYS, *about, *columns):
             if name in archive.files:
                 with reading(path, f"{name}: cannot be read"):
                     arrays[name] = archive[name]
-    features = arrays.get("features")
-    if features is None:
-        raise InputError(f"{path}: no array 'features'; found {', '.join(sorted(archive.files)) or 'none'}")
-    if features.dtype.kind != "f" or features.ndim != 2 or features.shape[1] < 1:
-        raise InputError(f"{path}: features: expected floating point (N, D), got {features.dtype} {features.shape}")
-    if not len(features):
-        raise InputError(f"{path}: features: no rows")
-    for name in ("pids", "camids", "split"):
-        _check_column(path, name, arrays.get(name), "iu", "integers", len(features))
-    _check_column(path, "names", arrays.get("names"), "U", "strings", len(features))
+    features = arrays["features"]
     broken = np.flatnonzero(~np.isfinite(features).all(1))
     if broken.size:
         first = ", ".join(map(str, broken[:5])) + (", …" if broken.size > 5 else "")
@@ -122,10 +112,9 @@ def load_features(path: Path, columns: Sequence[str] = ()) -> FeatureSet:
     if split is not None and not np.isin(split, list(SPLITS.values())).all():
         unknown = sorted(set(split.tolist()) - set(SPLITS.values()))
         raise InputError(f"{path}: split: expected 0 (train), 1 (query) or 2 (gallery), got {unknown[0]}")
-    for name in columns:
-        if name not in arrays:
-            raise InputError(f"{path}: no array {name!r}")
-        _check_column(path, name, arrays[name], "biufU", "strings, numbers or booleans", len(features))
+    for name in ("pids", "camids", *columns):
+        if name in arrays:
+            check_int64(f"{path}: {name}", arrays[name])
     names = arrays.get("names")
     return FeatureSet(
         path=path,
@@ -136,15 +125,21 @@ def load_features(path: Path, columns: Sequence[str] = ()) -> FeatureSet:
         camids=arrays.get("camids"),
         split=split,
         named=names is not None,
-        about=_about({name: arrays[name] for name in about if name in arrays}),
+        about=_about({name: arrays[name] for name in about}),
         columns={name: arrays[name] for name in columns},
     )
 
 
 def _about(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """What `save_features` wrote of the model; nothing where another program's arrays have the same names."""
-    ours = all(values.shape == ((2,) if name == "image_size" else ()) for name, values in arrays.items())
-    return {name: values.tolist() for name, values in arrays.items()} if ours else {}
+    found = {name: values.tolist() for name, values in arrays.items()}
+    return found if misfit(found, _ABOUT) is None else {}
+
+
+_ABOUT = {
+    **{"model": str, "fingerprint": str, "image_size": [int], "flip_test": bool},
+    **{"descriptor?": str, "label_smoothing?": (float, type(None))},
+}
 
 
 def map_array(path: Path) -> np.ndarray:
@@ -183,10 +178,19 @@ def _opened(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
         yield archive
 
 
-def _check_headers(path: Path, archive: np.lib.npyio.NpzFile) -> None:
-    """Shapes and dtypes, before anything is unpacked: a small file may hold large arrays."""
-    found: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
-    for name in (*ARRAYS, *ABOUT, *ABOUT_RUN):
+_Header = tuple[tuple[int, ...], np.dtype[Any]]  # shape and dtype
+_LONGEST_NAME = 4096  # characters
+
+
+def _check_headers(path: Path, archive: np.lib.npyio.NpzFile, columns: Sequence[str]) -> list[str]:
+    """Refuse by shapes and dtypes, before anything is unpacked: a small file may hold large arrays.
+
+    Returns:
+        the arrays that say of the model what `save_features` wrote.
+    """
+    about = (*ABOUT, *ABOUT_RUN) if set(ABOUT) <= set(archive.files) else ()
+    found: dict[str, _Header] = {}
+    for name in (*ARRAYS, *about, *columns):
         if name in archive.files:
             assert archive.zip is not None
             with reading(path, f"{name}: cannot be read"), archive.zip.open(f"{name}.npy") as file:
@@ -195,26 +199,34 @@ def _check_headers(path: Path, archive: np.lib.npyio.NpzFile) -> None:
                 shape, _, dtype = read(file)
                 found[name] = shape, dtype
     if "features" not in found:
-        return
-    (shape, dtype), count = found["features"], found["features"][0][:1]
-    if dtype.kind != "f" or len(shape) != 2 or shape[1] < 1:
+        raise InputError(f"{path}: no array 'features'; found {', '.join(sorted(archive.files)) or 'none'}")
+    shape, dtype = found["features"]
+    if dtype.kind != "f" or dtype.itemsize > 8 or len(shape) != 2 or shape[1] < 1:
         raise InputError(f"{path}: features: expected floating point (N, D), got {dtype} {shape}")
     if not shape[0]:
         raise InputError(f"{path}: features: no rows")
-    for name in ("pids", "camids", "split", "names"):
-        if name in found and found[name][0] != count:
-            expected = f"({count[0]},) as features has rows"
-            raise InputError(f"{path}: {name}: expected shape {expected}, got {found[name][0]}")
+    for name in ("pids", "camids", "split"):
+        _check_column(path, name, found.get(name), "iu", "integers", shape[0])
+    _check_column(path, "names", found.get("names"), "U", "strings", shape[0])
+    for name in columns:
+        if name not in found:
+            raise InputError(f"{path}: no array {name!r}")
+        _check_column(path, name, found[name], "biufU", "strings, numbers or booleans", shape[0])
+    known = [name for name in about if name in found]
+    ours = all(np.prod(found[name][0]) <= 2 and found[name][1].itemsize <= 4 * _LONGEST_NAME for name in known)
+    return known if ours else []
 
 
-def _check_column(path: Path, name: str, values: np.ndarray | None, kinds: str, what: str, count: int) -> None:
-    if values is None:
+def _check_column(path: Path, name: str, header: _Header | None, kinds: str, what: str, count: int) -> None:
+    if header is None:
         return
-    if values.dtype.kind not in kinds:
-        raise InputError(f"{path}: {name}: expected {what}, got {values.dtype}")
-    if values.shape != (count,):
-        raise InputError(f"{path}: {name}: expected shape ({count},) as features has rows, got {values.shape}")
-    check_int64(f"{path}: {name}", values)
+    shape, dtype = header
+    if dtype.kind not in kinds:
+        raise InputError(f"{path}: {name}: expected {what}, got {dtype}")
+    if shape != (count,):
+        raise InputError(f"{path}: {name}: expected shape ({count},) as features has rows, got {shape}")
+    if dtype.itemsize > 4 * _LONGEST_NAME:
+        raise InputError(f"{path}: {name}: expected strings of at most {_LONGEST_NAME:,} characters, got {dtype}")
 
 
 def check_int64(where: str, values: np.ndarray) -> None:

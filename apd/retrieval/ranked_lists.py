@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import operator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from apd.data.images import within
 from apd.files import replacing, write_json, write_text
 from apd.retrieval.evaluation import Reranking
 from apd.retrieval.features import FeatureSet
@@ -41,10 +43,17 @@ class RankedLists:
             names=self.names[part],
         )
 
-    def located(self, folder: Path) -> RankedLists:
-        """With names of queries that are image files in a folder."""
-        names = np.array([str(folder / name) for name in self.query.names])
+    def located(self, folder: Path, *, outside: bool) -> RankedLists:
+        """With names of queries that are image files in a folder; InputError for one that is `outside` and may not."""
+        find = operator.truediv if outside else within
+        names = np.array([str(find(folder, name)) for name in self.query.names.tolist()])
         return replace(self, query=replace(self.query, names=names))
+
+    def check_within(self, folder: Path) -> None:
+        """InputError for the name of a gallery image that leads out of their folder: anybody may have written it."""
+        for query in range(len(self.query)):
+            for match in self.matches(query):
+                within(folder, match[3])
 
     def matches(self, query: int) -> list[tuple[int, int, int, str, float]]:
         """(gallery row, id, camera, name, distance) of one query's images, nearest first."""
@@ -105,9 +114,12 @@ def _as_json(lists: RankedLists) -> dict[str, Any]:
     return {"metric": lists.metric, "re_ranking": re_ranking, "queries": queries}
 
 
+_FORMULAS = tuple("=+-@\t\r\n＝＋－＠")  # some take the wide signs for the others
+
+
 def _quoted(name: str) -> str:
     """A spreadsheet would take a name that begins so for a formula, and run it; in front of it ' says text."""
-    return f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
+    return f"'{name}" if name.startswith(_FORMULAS) else name
 
 
 def _as_csv(lists: RankedLists) -> str:

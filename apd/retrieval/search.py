@@ -13,6 +13,7 @@ from torch import Tensor
 from apd.data.datasets import DataSpec, read_dataset
 from apd.data.market import DISTRACTOR, label_in_place
 from apd.errors import InputError
+from apd.files import misfit
 from apd.retrieval.evaluation import LABELS, Reranking, features_tensor, integers_tensor
 from apd.retrieval.extraction import Extractor, extract, label_column, load_extractor
 from apd.retrieval.features import FeatureSet, difference
@@ -142,22 +143,34 @@ def extractor_of(gallery: Gallery, path: Path, device: str, run: Path | None = N
     Raises:
         InputError: the gallery was made from features, its run is not there, or the run has other weights now.
     """
-    if "run" not in gallery.notes:
+    notes = _notes(gallery, path)
+    if "run" not in notes:
         raise InputError(
             f"{path}: made from a feature file, so no model is known that could describe --query; search it with "
             "--features, or make a gallery with apd index --checkpoint RUN --data DIR"
         )
-    folder = Path(gallery.notes["run"]) if run is None else run
+    folder = Path(notes["run"]) if run is None else run
     if run is None and not folder.is_dir():
         raise InputError(f"{path}: made with the run {folder}, which is not there; where is it now? --checkpoint RUN")
-    extractor = load_extractor(str(folder), device, flip_test=gallery.notes["flip_test"])
-    if extractor.fingerprint != gallery.notes["fingerprint"]:
-        before, now = gallery.notes["fingerprint"][:12], extractor.fingerprint[:12]
+    extractor = load_extractor(str(folder), device, flip_test=notes["flip_test"])
+    if extractor.fingerprint != notes["fingerprint"]:
+        before, now = notes["fingerprint"][:12], extractor.fingerprint[:12]
         raise InputError(
             f"{path}: made with other weights ({before}…) than {folder} has now ({now}…); make the gallery anew with "
             f"apd index --checkpoint {folder}"
         )
     return extractor
+
+
+_NOTES = {"run?": str, "data?": str, "flip_test?": bool, "fingerprint?": str}
+
+
+def _notes(gallery: Gallery, path: Path) -> dict[str, Any]:
+    """What `note_run` wrote; InputError where the gallery's notes are of another kind."""
+    shape = _NOTES if "run" not in gallery.notes else {name.removesuffix("?"): kind for name, kind in _NOTES.items()}
+    if found := misfit(gallery.notes, shape):
+        raise InputError(f"{path}: its notes: {found}")
+    return gallery.notes
 
 
 def data_of(gallery: Gallery, path: Path, data: Path | None = None) -> Path:
@@ -170,9 +183,10 @@ def data_of(gallery: Gallery, path: Path, data: Path | None = None) -> Path:
     Raises:
         InputError: it is not there, or not known.
     """
-    if data is None and "data" not in gallery.notes:
+    notes = _notes(gallery, path)
+    if data is None and "data" not in notes:
         raise InputError(f"{path}: made from a feature file; where are its images? --data DIR")
-    folder = Path(gallery.notes["data"]) if data is None else data
+    folder = Path(notes["data"]) if data is None else data
     if not folder.is_dir():
         raise InputError(f"{path}: its images are not in {folder}: no such folder; where are they now? --data DIR")
     return folder
@@ -363,7 +377,7 @@ def _ranked(
 
 def _names(gallery: Gallery) -> np.ndarray:
     names = gallery.metadata.get("name")
-    return np.array([f"row {key}" for key in gallery.keys.tolist()], str) if names is None else names
+    return np.array([f"row {key}" for key in gallery.keys.tolist()], str) if names is None else names.astype(str)
 
 
 def _listed(names: np.ndarray, positions: np.ndarray) -> np.ndarray:

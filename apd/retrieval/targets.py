@@ -12,7 +12,7 @@ import numpy as np
 from apd.data.market import FOLDERS, NO_ANSWERS, ReidFolder, read_market, unanswered
 from apd.data.splits import Split, camera_draws, two_camera_splits, write_splits
 from apd.errors import InputError
-from apd.files import replacing
+from apd.files import reading, replacing
 from apd.retrieval.comparison import Chance, chance, retrieve
 from apd.retrieval.evaluation import RANKS
 from apd.retrieval.extraction import Extractor, extract_folder
@@ -236,8 +236,11 @@ def load_queries(path: Path, targets: Sequence[str]) -> dict[str, Queries]:
     Raises:
         InputError: the file is missing or damaged, or lacks a target.
     """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {target: Queries(*(archive[f"{target}/{part}"] for part in _COLUMNS)) for target in targets}
-    except Exception as error:  # zipfile and numpy raise a dozen kinds for damage
-        raise InputError(f"{path}: missing, cut off or damaged: {error}") from error
+    found = {}
+    with reading(path), np.load(path, allow_pickle=False) as archive:
+        for target in targets:
+            found[target] = Queries(*(archive[f"{target}/{part}"] for part in _COLUMNS))
+            kinds = [(values.dtype.kind, values.ndim, len(values)) for values in vars(found[target]).values()]
+            if kinds != [(kind, 1, len(found[target].ap)) for kind in "ibf"]:
+                raise InputError(f"{path}: {target}: expected columns of integers, booleans and numbers of one length")
+    return found

@@ -6,15 +6,19 @@ import io
 import re
 import warnings
 import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from apd.errors import DataWarning, InputError
-from apd.files import write_bytes
+from apd.files import check_file, misfit, write_bytes
+from apd.run import CONFIG
 
 FOLDER = "last"
+LOG = {"seconds": float, "count": int, "sums": {...: torch.Tensor}}  # the shape of a log's state
 _KEPT = 2
 _NAME = re.compile(r"(?P<stage>[a-z]+)-(?P<step>\d{8})\.pt")
 
@@ -39,10 +43,15 @@ def save_checkpoint(run: Path, stage: str, step: int, state: dict[str, Any]) -> 
     return path
 
 
-def load_checkpoint(run: Path, stage: str) -> dict[str, Any] | None:
+def load_checkpoint(run: Path, stage: str, shape: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
     """The newest checkpoint of a stage that can be read, on the CPU; None where there is none.
 
     A damaged one is named in a warning, and the one before it is taken.
+
+    Args:
+        run: the run's folder.
+        stage: as for `save_checkpoint`.
+        shape: of its state, in the terms of `apd.files.misfit`.
 
     Raises:
         InputError: there are checkpoints, and all are damaged.
@@ -50,7 +59,8 @@ def load_checkpoint(run: Path, stage: str) -> dict[str, Any] | None:
     found = _checkpoints(run, stage)
     for step, path in found:
         state = _read(path)
-        if state is not None and (state.get("stage"), state.get("step")) == (stage, step):
+        expected = {"stage": str, "step": int, **(shape or {})}
+        if misfit(state, expected) is None and (state["stage"], state["step"]) == (stage, step):
             return state
         warnings.warn(f"{path}: a damaged checkpoint; the one before it is used", DataWarning, stacklevel=2)
     if found:
@@ -63,16 +73,27 @@ def newest_step(run: Path, stage: str) -> int | None:
     return next((step for step, _ in _checkpoints(run, stage)), None)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+@contextmanager
+def restoring(run: Path, stage: str) -> Iterator[None]:
+    """InputError where what a checkpoint holds is not for the networks of the run."""
+    path = run / FOLDER / f"{stage}-*.pt"
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: not the checkpoints of a training with this {CONFIG}: {reason}") from error
+
+
+def _read(path: Path) -> Any:
     """A checkpoint, or None where it is damaged."""
     try:
+        check_file(path)
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
             if archive.testzip() is not None:
                 return None
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # PyTorch's unpickler may raise anything, IndexError for one
         return None
-    return state if isinstance(state, dict) else None
 
 
 def remove_checkpoints(run: Path, stage: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import threading
 import time
 from pathlib import Path
 from types import TracebackType
@@ -91,14 +92,23 @@ class StageLog:
 
     def __enter__(self) -> StageLog:
         self._progress.start()
+        self._hook, threading.excepthook = threading.excepthook, self._thread_failed
         return self
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """TensorBoard raises again in this thread what its own met, such as a folder that is gone."""
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            self._hook(failure)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._progress.stop()
-        self._writer.close()
-        self.flush()
+        try:
+            self._writer.close()
+            self.flush()
+        finally:
+            threading.excepthook = self._hook
 
     @property
     def seconds(self) -> float:
@@ -176,7 +186,7 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
     Raises:
         InputError: the file is no table of a training.
     """
-    if not path.is_file():
+    if not path.exists():
         return []
     with reading(path, "not the table of a training"), path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)

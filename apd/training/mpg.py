@@ -19,7 +19,7 @@ from apd.errors import InputError
 from apd.models.mpgnet import Discriminator, Generator, discriminator_loss, generator_losses
 from apd.models.trunk import Trunk, build_trunk
 from apd.run import GENERATOR, save_tensors, update_info
-from apd.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
+from apd.training.checkpoint import LOG, load_checkpoint, remove_checkpoints, restoring, save_checkpoint
 from apd.training.engine import CheckpointClock, LossGuard, seed_step
 from apd.training.interrupt import asked_to_end, interrupted
 from apd.training.log import StageLog
@@ -27,6 +27,7 @@ from apd.training.monitors import flipped_share, sample_grid, sample_images
 from apd.training.sources import Sources
 
 STAGE = "mpg"
+_CHECKPOINT = {"log": LOG, "flipped": [float], "generator": dict, "discriminator": dict}
 _STREAM = 1
 _LINES = 3  # of the log, over which the share of flipped images is averaged
 
@@ -145,12 +146,15 @@ def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device:
     }
     start, logged = 0, None
     latest: list[float] = []  # flipped shares of the last lines
-    checkpoint = load_checkpoint(run, STAGE)
+    checkpoint = load_checkpoint(run, STAGE, _CHECKPOINT)
     if checkpoint is not None:
         start, logged, latest = checkpoint["step"], checkpoint["log"], checkpoint["flipped"]
-        for name, network in networks.items():
-            network.load_state_dict(checkpoint[name])
-            optimizers[name].load_state_dict(checkpoint[f"{name}_optimizer"])
+        with restoring(run, STAGE):
+            if start > options.steps:
+                raise ValueError(f"step {start} of {options.steps}")
+            for name, network in networks.items():
+                network.load_state_dict(checkpoint[name])
+                optimizers[name].load_state_dict(checkpoint[f"{name}_optimizer"])
 
     trunk = trunk.to(on)
     bank = deep_features(trunk, store, options.batch_size, config.data.workers, on)

@@ -19,7 +19,7 @@ from apd.data.market import Sample
 from apd.data.sampler import BatchOrder, DomainSampler, PKSampler, WithCounterparts
 from apd.models.spnet import build_spnet, parameter_groups
 from apd.run import WEIGHTS, read_info, save_tensors, update_info
-from apd.training.checkpoint import load_checkpoint, save_checkpoint
+from apd.training.checkpoint import LOG, load_checkpoint, restoring, save_checkpoint
 from apd.training.distributed import Unlogged, own_rows
 from apd.training.engine import CheckpointClock, LossGuard, make_accelerator
 from apd.training.interrupt import asked_to_end, interrupted
@@ -29,6 +29,10 @@ from apd.training.step import TrainingStep
 from apd.training.validation import Validation
 
 STAGE = "sp"
+_CHECKPOINT = {
+    **{"model": {...: torch.Tensor}, "optimizer": dict, "scaler": dict},
+    **{"log": LOG, "best": float, "spread?": (float, type(None))},
+}
 _MOMENTUM = 0.9
 _COLLAPSED = 0.1  # of the first spread
 _LN2 = math.log(2)  # the soft margin of a triplet whose two distances are equal
@@ -115,22 +119,25 @@ def train_sp(run: Path, sources: Sources, validation: list[list[Sample]], config
     own = own_rows(options)
     size = (config.data.height, config.data.width)
     accelerator = make_accelerator(config, device)
-    checkpoint = load_checkpoint(run, STAGE)
+    checkpoint = load_checkpoint(run, STAGE, _CHECKPOINT)
     torch.manual_seed(config.seed)
     model = build_spnet(config.model, size, sources.identities, load=checkpoint is None).to(accelerator.device)
     start, logged, best = 0, None, -1.0
     spread: float | None = None  # of f, at the first line
     optimizer = accelerator.prepare(make_optimizer(model, options))
+    steps = total_steps(options, sources.originals)
     if checkpoint is not None:
         start, logged, best = checkpoint["step"], checkpoint["log"], checkpoint["best"]
         spread = checkpoint.get("spread")
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(checkpoint["scaler"])
+        with restoring(run, STAGE):
+            if start > steps:
+                raise ValueError(f"step {start} of {steps}")
+            model.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            if accelerator.scaler is not None:
+                accelerator.scaler.load_state_dict(checkpoint["scaler"])
 
     epoch = sources.originals / options.batch_size  # in steps
-    steps = total_steps(options, sources.originals)
     warmup, ramp = options.warmup_epochs * epoch, config.loss.ramp_epochs * epoch
     every = max(1, round(options.validation_epochs * epoch))
     chosen = Validation(run, validation, size, every=every, workers=config.data.workers, best=best)

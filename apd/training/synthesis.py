@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from apd.data.images import ImageStore
 from apd.data.loading import images_in_order
 from apd.data.market import FOLDERS, UNKNOWN, Sample, label_of
 from apd.errors import InputError
-from apd.files import reading, sample_of, write_bytes, write_json, write_text
+from apd.files import read_json, sample_of, write_bytes, write_json, write_text
 from apd.models.trunk import Trunk
 
 _QUALITY = 95  # of the JPEG files, as close to the generator's output as 8 bits in a third of PNG's size
@@ -145,10 +144,7 @@ def synthesize(
 
 def _forget_changed(record: Path, samples: Sequence[Sample], paths: Sequence[Path]) -> None:
     """Remove what was made of originals that have other contents now."""
-    before: dict[str, str] = {}
-    if record.exists():
-        with reading(record, "damaged"):
-            before = json.loads(record.read_text(encoding="utf-8"))
+    before: dict[str, str] = read_json(record, {...: str}) if record.exists() else {}
     now = {path.name: sample_of(sample.path) for sample, path in zip(samples, paths, strict=True)}
     for path in paths:
         if before.get(path.name, now[path.name]) != now[path.name]:
@@ -166,7 +162,7 @@ def _sign(folder: Path, generator: HardImages) -> None:
     if generator.limit is not None:
         digest.update(f"{getattr(generator.change, '__name__', '')} {generator.limit!r}".encode())
     path, content = folder / _SIGNATURE, digest.hexdigest() + "\n"
-    if path.is_file() and path.read_text(encoding="utf-8") != content:
+    if path.is_file() and path.read_bytes() != content.encode():
         raise InputError(f"{folder}: has images of another generator; choose another folder, or remove this one")
     write_text(path, content)
 

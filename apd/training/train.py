@@ -43,6 +43,7 @@ from apd.training.validation import evaluate_samples
 
 BASELINE = "baseline"  # folder of the trunk's run
 SYNTHESIZED = "synthesized"
+_MOST_THREADS = 4096
 EXTENDED = "extended"  # in run.json: a finished run is to be trained for more steps
 CAMERA_DISTANCE = "camera_distance"  # in run.json: of φ, between two images of a person from different cameras
 
@@ -104,6 +105,7 @@ def _begin(
         data=[str(spec) for spec in specs],
         images=_listing(folders),
         contents=_contents(folders),
+        files=_files(config),
         started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions={"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
         threads=useful_threads(config, threads or available_threads()),
@@ -131,6 +133,8 @@ def train_run(run: Run, device: str) -> dict[str, Any]:
     check_precision(run.config, device)  # now, not after stage 1
     own_rows(run.config.train)
     began = on_first(lambda: run.info().get("threads"))
+    if began is not None and not 1 <= began <= _MOST_THREADS:
+        raise InputError(f"{run.path / INFO}: threads: expected from 1 to {_MOST_THREADS:,}, got {began}")
     alone = only_writer(run.path) if rank() == 0 else nullcontext()
     with alone, interruptible(), training_threads(began) if device == "cpu" else nullcontext():
         _train(run, device)
@@ -177,13 +181,13 @@ def extend_run(run: Run, values: Sequence[str]) -> Run:
             raise InputError(f"{run.path}: collapsed at step {info['collapsed']['step']}; it is not trained on")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DataWarning)
-            sources, _ = _gathered([read_source(source) for source in info["data"]], config)
+            sources, _ = _gathered([read_source(source) for source in info.get("data", [])], config)
         steps = total_steps(config.train, sources.originals)
         if steps <= done:
             raise InputError(
                 f"train.steps: expected more than the {done:,} steps that {run.path} has done, got {steps:,}"
             )
-        kept = {key: value for key, value in info.items() if key not in ("finished", "own_test", "weights")}
+        kept = {key: value for key, value in info.items() if key not in ("finished", "own_test")}
         write_json(run.path / INFO, {**kept, EXTENDED: True})
         save_config(config, run.path / CONFIG)
     return Run(run.path)
@@ -200,8 +204,10 @@ def _train(run: Run, device: str) -> None:
         sources = on_first(lambda: _synthesized(run, folders, sources, device))
     trained = on_first(lambda: (path / WEIGHTS).is_file() and not run.info().get(EXTENDED))
     if config.train.validation_identities or not trained:
+        on_first(lambda: _unseal(run, WEIGHTS))
         seconds = train_sp(path, sources, validation, config, device)
         on_first(lambda: _took(path, "sp", seconds))
+    on_first(lambda: _seal(run, WEIGHTS))
     on_first(lambda: _report(run, folders, sources, device))
 
 
@@ -221,6 +227,9 @@ def _read_sources(run: Run) -> list[ReidFolder]:
         raise InputError(
             f"{run.path}: began with other contents of {count(len(changed), 'training image')}: {first_of(changed)}"
         )
+    given = _files(run.config)
+    if changed := [name for name, digest in run.info().get("files", {}).items() if given.get(name, digest) != digest]:
+        raise InputError(f"{run.path}: began with other contents of {first_of(changed)}")
     for folder in folders:
         console.print(f"source {folder.path.name}: {_counts(folder.train)}", soft_wrap=True)
         if not _own_test(folder):
@@ -252,6 +261,30 @@ def _contents(folders: Sequence[ReidFolder]) -> dict[str, str]:
     return {str(one.path): sample_of(one.path) for folder in folders for one in folder.train}
 
 
+def _files(config: Config) -> dict[str, str]:
+    """SHA-256 of the files of weights that the configuration names, as far as they are there, by their paths."""
+    given = [config.model.pretrained, config.mpg.trunk_weights]
+    paths = [Path(name) for name in given if name is not None and name not in PRETRAINED]
+    files = [path / WEIGHTS if path.is_dir() else path for path in paths]
+    return {str(path): sha256_of(path) for path in files if path.is_file()}
+
+
+def _seal(run: Run, name: str) -> None:
+    """Write down the SHA-256 of a file of weights, once: it may not change any more."""
+    weights = run.info().get("weights", {})
+    if name not in weights and (run.path / name).is_file():
+        update_info(run.path, weights={**weights, name: sha256_of(run.path / name)})
+
+
+def _unseal(run: Run, name: str) -> None:
+    """Before the file is written anew. A process that is killed meanwhile leaves one without a seal."""
+    weights = run.info().get("weights", {})
+    if name in weights:
+        if (run.path / name).is_file():
+            run.content(name)
+        update_info(run.path, weights={other: weights[other] for other in weights if other != name})
+
+
 def _stage_1(run: Run, sources: Sources, device: str) -> None:
     """Measure what the bound of the content is a share of, and train the generator where there is one."""
     config, trunk = run.config, make_trunk(run, device)
@@ -268,7 +301,9 @@ def _stage_1(run: Run, sources: Sources, device: str) -> None:
     )
     _check_bound(config, apart)
     if config.uses_generator and not (run.path / GENERATOR).is_file():  # an ablation gives rows a common one
+        _unseal(run, GENERATOR)
         _took(run.path, "mpg", train_mpg(run.path, sources, trunk, config, device, apart))
+    _seal(run, GENERATOR)
     update_info(run.path, **{"trunk": trunk.name, CAMERA_DISTANCE: apart})
 
 
@@ -402,9 +437,8 @@ def _report(run: Run, folders: Sequence[ReidFolder], sources: Sources, device: s
                 f"({count(queries, 'query', 'queries')})"
             )
         results[str(folder.path)] = found
-    weights = {name: sha256_of(run.path / name) for name in (WEIGHTS, GENERATOR) if (run.path / name).is_file()}
     finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    update_info(run.path, weights=weights, own_test=results, finished=finished, **{EXTENDED: False})
+    update_info(run.path, own_test=results, finished=finished, **{EXTENDED: False})
 
 
 def _counts(samples: Sequence[Sample]) -> str:

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import secrets
+import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -95,6 +96,7 @@ def _write(path: Path, manifest: dict[str, Any], files: Mapping[str, Callable[[H
         stem, _, extension = name.partition(".")
         target = path / f"{stem}-{token}.{extension}"
         with target.open("xb") as file:
+            keep_mode(file, path / MANIFEST)
             writer = HashingWriter(file)
             write(writer)
             _flush(file)
@@ -102,6 +104,7 @@ def _write(path: Path, manifest: dict[str, Any], files: Mapping[str, Callable[[H
     manifest["seal"] = _seal(manifest)
     draft = path / f"manifest-{token}.json"
     with draft.open("xb") as file:
+        keep_mode(file, path / MANIFEST)
         file.write(_rendered(manifest))
         _flush(file)
     flush_folder(path)  # the data files' names reach the disk before the manifest that points to them
@@ -149,9 +152,11 @@ def _manifest_bytes(path: Path, error: type[ValueError]) -> bytes:
     if not path.is_dir():
         raise error(f"{path}: {'expected a folder, found a file' if path.exists() else 'no such folder'}")
     try:
-        return (path / MANIFEST).read_bytes()
-    except (FileNotFoundError, IsADirectoryError):
-        raise error(f"{path}: no {MANIFEST} in this folder: not saved by this library, or never completely") from None
+        if (path / MANIFEST).is_file():  # a pipe would be waited for without end
+            return (path / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        pass
+    raise error(f"{path}: no {MANIFEST} in this folder: not saved by this library, or never completely")
 
 
 def _checked_manifest(path: Path, sealed: bytes, format: str, version: int, error: type[ValueError]) -> dict[str, Any]:
@@ -178,12 +183,12 @@ def _checked_files(path: Path, manifest: dict[str, Any], error: type[ValueError]
         if not _OURS.fullmatch(expected["name"]):
             raise error(f"{path / MANIFEST}: damaged: {expected['name']!r} is not the name of a data file")
         try:
-            found = target.stat().st_size
-            if found != expected["bytes"]:
-                raise error(f"{target}: damaged: expected {expected['bytes']} bytes, found {found}")
+            found = target.stat()
+            if not stat.S_ISREG(found.st_mode) or found.st_size != expected["bytes"]:
+                raise error(f"{target}: damaged: expected {expected['bytes']} bytes, found {found.st_size}")
             if verify and _sha256(target) != expected["sha256"]:
                 raise error(f"{target}: damaged: its content does not match its checksum")
-        except (FileNotFoundError, IsADirectoryError):
+        except FileNotFoundError:
             raise error(f"{target}: missing") from None
         files[name] = target
     return files
@@ -209,9 +214,8 @@ def check_replaceable(path: Path, format: str, error: type[ValueError]) -> None:
             return
         raise error(f"{path}: not replaced: a folder with other content; name a new or an empty one")
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        found = manifest["format"]
-    except (ValueError, RecursionError, TypeError, KeyError):
+        found = json.loads(_manifest_bytes(path, error))["format"]
+    except (error, ValueError, RecursionError, TypeError, KeyError):
         raise error(f"{path}: not replaced: its {MANIFEST} cannot be read; remove the folder first") from None
     if found != format:
         raise error(f"{path}: not replaced: expected format {format!r}, got {found!r}; name another folder")
@@ -258,6 +262,17 @@ def exclusive(path: Path, *, wait: bool = True) -> Iterator[None]:
 def _flush(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
+
+
+def keep_mode(file: BinaryIO, path: Path) -> None:
+    """Give a new file the mode of the one that it will replace, and its owner where the system allows it."""
+    if os.name != "posix" or not path.is_file():
+        return
+    before = path.stat()
+    if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
+        with contextlib.suppress(PermissionError):
+            os.fchown(file.fileno(), before.st_uid, before.st_gid)
+    os.fchmod(file.fileno(), stat.S_IMODE(before.st_mode))
 
 
 def flush_folder(path: Path) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
+
+from apd_kernels._core.processes import python
 
 # FAISS on a GPU returns at most so many neighbours.
 GPU_LARGEST_K = 2048
@@ -46,7 +47,7 @@ def search_device(device: str | torch.device | None, engine: str) -> torch.devic
 
 
 _ONE_ROW = """
-import sys, numpy, faiss
+import numpy, faiss
 row = numpy.ones((1, 8), numpy.float32)
 index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), int(sys.argv[1]), faiss.IndexFlatL2(8))
 index.add(row)
@@ -60,7 +61,7 @@ def check_gpu(number: int) -> None:
 
     FAISS ends the whole process when its build has no code for a GPU, so another process tries it: some seconds.
     """
-    run = subprocess.run([sys.executable, "-c", _ONE_ROW, str(number)], capture_output=True, text=True, check=False)
+    run = subprocess.run(python(_ONE_ROW, str(number)), capture_output=True, text=True, check=False)
     if run.returncode == 0:
         return
     faiss = import_faiss()

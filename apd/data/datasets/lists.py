@@ -12,6 +12,7 @@ from pathlib import Path
 from apd.data.datasets.layouts import warn
 from apd.data.market import DISTRACTOR, FOLDERS, UNKNOWN, ReidFolder, Sample, first_of, folder_of
 from apd.errors import InputError
+from apd.files import reading
 
 _MSMT17_LISTS = {
     "train": ("list_train.txt", "list_val.txt"),
@@ -248,9 +249,7 @@ def _domain_offsets(path: Path, rows: Sequence[tuple[str, Sample]]) -> dict[str,
 
 
 def _text(path: Path) -> str:
-    try:
+    if not path.exists():
+        raise InputError(f"{path.parent}: no {path.name}")
+    with reading(path, "not UTF-8 text (in spreadsheets: save as CSV UTF-8)"):
         return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{path.parent}: no {path.name}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (in spreadsheets: save as CSV UTF-8): {error}") from error

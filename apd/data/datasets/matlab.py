@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from apd.errors import InputError
+from apd.files import reading
 
 _NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 _ARRAY, _COMPRESSED = 14, 15
 _CELL, _STRUCT = 1, 2
 _NUMERIC = range(6, 16)  # double to uint64
 _NAME_WITHIN = 4096  # decompressed bytes in which an array's name is found
-_DAMAGED = (ValueError, IndexError, struct.error, zlib.error, UnicodeDecodeError, RecursionError)
+_LARGEST = 1 << 26  # decompressed bytes of an array; that of GRID has some thousand
 
 
 def read_variable(path: Path, name: str) -> Any:
@@ -38,26 +39,22 @@ def read_variable(path: Path, name: str) -> Any:
     Raises:
         InputError: the file is missing, damaged, of MATLAB 7.3 (which is HDF5), or has no such variable.
     """
-    try:
+    with reading(path):
         content = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
     if content[:10] == b"MATLAB 7.3" or content[1:4] == b"HDF":
         raise InputError(f"{path}: a file of MATLAB 7.3 (HDF5), which is not read; save it with -v7")
     order = {b"IM": "<", b"MI": ">"}.get(content[126:128])
     if order is None:
         raise InputError(f"{path}: not a MATLAB file of level 5")
-    try:
+    with reading(path, f"{name}: cut off or damaged, or no plain numbers, cells and structs"):
         for kind, data in _elements(memoryview(content)[128:], order):
             if kind == _COMPRESSED:
                 if _name(zlib.decompressobj().decompress(data, _NAME_WITHIN)[8:], order) != name:
                     continue
-                ((_, data),) = _elements(memoryview(zlib.decompress(data)), order)
+                ((_, data),) = _elements(memoryview(zlib.decompressobj().decompress(data, _LARGEST)), order)
             elif kind != _ARRAY or _name(data, order) != name:
                 continue
             return _array(memoryview(data), order)
-    except _DAMAGED as error:
-        raise InputError(f"{path}: {name}: cut off or damaged, or no plain numbers, cells and structs") from error
     raise InputError(f"{path}: no variable {name!r}")
 
 

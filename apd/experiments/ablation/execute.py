@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -41,8 +40,10 @@ from apd.training.sources import gather_sources
 from apd.training.sp import total_steps
 from apd.training.threads import available_threads
 from apd.training.train import start_run
+from apd_kernels._core.processes import python
 
 RESULTS, TABLE, LOG = "results.jsonl", "results.md", "ablation.log"
+_WORKER = "from apd.experiments.ablation.worker import main; main(*sys.argv[1:])"
 _STAGE1 = ("seed", "data.height", "data.width")  # with all of mpg: what decides a generator
 
 
@@ -181,19 +182,19 @@ class Ablation:
         generator = job.path / GENERATOR
         if job.row.generator is not None and not generator.is_file():
             source = self.jobs[f"{job.row.generator}/{job.seed}"]
-            write_bytes(generator, (source.path / GENERATOR).read_bytes())
+            write_bytes(generator, Run(source.path).content(GENERATOR))
         console.print(f"{job.name}: training, {threads} thread{'s' * (threads > 1)}")
-        command = [sys.executable, "-m", "apd.experiments.ablation.worker", str(job.path.resolve()), self.device]
         # Run from anywhere, it must find the package that this process runs, and nothing that lies where it is run.
-        path = os.pathsep.join(
-            os.path.abspath(place)
-            for place in [str(Path(__file__).parents[3]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-            if place
-        )
+        given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        path = os.pathsep.join(os.path.abspath(place) for place in (str(Path(__file__).parents[3]), *given) if place)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
         with (job.path / LOG).open("ab") as log:
             process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, cwd=job.path
+                python(_WORKER, str(job.path), self.device),
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=environment,
             )
             self._processes.add(process)
             if self._stopped.is_set():

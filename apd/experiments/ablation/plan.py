@@ -246,7 +246,10 @@ def _values(value: Any, where: str) -> tuple[str, ...]:
 def _seeds(value: Any, where: str) -> tuple[int, ...]:
     numbers = value if isinstance(value, list) else [value]
     if not numbers or not all(type(seed) is int and seed >= 0 for seed in numbers) or len(set(numbers)) < len(numbers):
-        raise InputError(f"{where}: expected a list of different integers of at least 0, got {value}")
+        found = (
+            value if all(type(seed) is int for seed in numbers) else described(value)
+        )  # not a list of lists of lists
+        raise InputError(f"{where}: expected a list of different integers of at least 0, got {found}")
     return tuple(numbers)
 
 

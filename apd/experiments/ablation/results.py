@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from apd.errors import InputError
-from apd.files import write_text
+from apd.files import misfit, reading, write_text
 from apd.retrieval.comparison import paired_difference
-from apd.retrieval.targets import Queries
+from apd.retrieval.targets import FIGURES, Queries
 
 Key = tuple[str, int | None]  # row and seed; of a bracket its name and None
 
@@ -46,17 +46,23 @@ class ResultFile:
     def _note(self, text: str, where: str) -> None:
         try:
             line = json.loads(text)
-            self.latest[line["row"], line["seed"]] = line
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: not a result of an ablation: {error}") from error
+        if found := misfit(line, _LINE):
+            raise InputError(f"{where}: not a result of an ablation: {found}")
+        self.latest[line["row"], line["seed"]] = line
+
+
+_LINE = {
+    **{"row": str, "seed": (int, type(None)), "config?": str, "weights?": str, "steps?": int, "seconds?": {...: float}},
+    "tests?": {...: {"splits": str, **dict.fromkeys(FIGURES, float)}},
+}
 
 
 def _lines(path: Path) -> list[str]:
     """Ended by line feeds alone: a title may hold other characters that `str.splitlines` takes for an end."""
-    try:
+    with reading(path, "not UTF-8 text"):
         text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text: {error}") from error
     return text.removesuffix("\n").split("\n") if text else []
 
 

@@ -10,7 +10,7 @@ from apd.errors import InputError
 from apd.experiments.ablation.execute import Ablation, queries_path
 from apd.experiments.ablation.plan import Row
 from apd.experiments.ablation.results import Comparison, compare, summary
-from apd.files import write_text
+from apd.files import reading, write_text
 from apd.reports.page import Table
 from apd.retrieval.targets import FIGURES, Queries, load_queries
 
@@ -153,7 +153,8 @@ def around(file: Path, name: str) -> tuple[str, str]:
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     if not file.is_file():
         raise InputError(f"--into {file}: no such file")
-    head, first, rest = file.read_text(encoding="utf-8").partition(begin)
+    with reading(file, "not UTF-8 text"):
+        head, first, rest = file.read_text(encoding="utf-8").partition(begin)
     _, last, tail = rest.partition(end)
     if not first or not last:
         raise InputError(f"--into {file}: expected the markers {begin} and {end}")

@@ -1,4 +1,4 @@
-"""The process of one training: ``python -m apd.experiments.ablation.worker RUN DEVICE``.
+"""The process of one training: `main` with the folder of a run and a device.
 
 Its input is a pipe that nothing is written to: it closes when the process that started this one ends, however that
 happens, and then this one ends too. So nobody goes on with a run that another process is still training.
@@ -28,7 +28,3 @@ def main(run: str, device: str) -> None:
 def _end_with_parent() -> None:
     os.read(0, 1)  # not sys.stdin, whose lock Python wants when it ends
     os._exit(1)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

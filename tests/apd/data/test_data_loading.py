@@ -322,7 +322,9 @@ def test_unreadable_image(paths: list[Path], workers: int, order: str) -> None:
     store = ImageStore(paths, (24, 12), cache=False)
     with pytest.raises(InputError) as error:
         _ = _batches(store, workers=workers) if order == "training" else list(images_in_order(store, 5, workers))
-    assert str(error.value) == f"{paths[7]}: cannot be read as an image, or is cut off or damaged"
+    assert str(error.value) == (
+        f"{paths[7]}: cannot be read as an image, or is cut off or damaged: cannot identify image file"
+    )
 
 
 @pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (7, 0), (7, 2), (36, 0), (100, 0), (100, 2)])

@@ -370,7 +370,7 @@ def test_one_failing_run_stops_no_other(whole: str, place: Path) -> None:
         shutil.rmtree(runs / missing)
     printed = run(*command(place, output="failing"), code=1)
     assert "Error: spnet/0: " in printed
-    assert "best.safetensors: not a .safetensors file" in " ".join(printed.split())
+    assert "best.safetensors: has changed since its training ended" in " ".join(printed.split())
     assert "Error: synthesized/1: needs apd/1, which failed" in printed
     assert Run(runs / "baseline/0").fingerprint() == Run(place / "out/runs/baseline/0").fingerprint()
 

@@ -177,6 +177,18 @@ def test_batches(data: Path, own: str, batch_size: int) -> None:
     np.testing.assert_allclose(rows, extract(extractor, paths), atol=1e-6)
 
 
+def test_a_module_here_stands_in_for_nothing_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "only_here.py").write_text("make = 1")
+    (tmp_path / "colorsys.py").write_text("make = 1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    with pytest.raises(InputError, match=r"colorsys \(.*colorsys\.py\) has no 'make'"):
+        load_extractor("colorsys:make", "cpu")
+    with pytest.raises(InputError, match="expected a function or class, got int"):
+        load_extractor("only_here:make", "cpu")
+
+
 def test_default_size_of_an_own_network(own: str) -> None:
     assert load_extractor(f"{own}:Columns", "cpu").size == (256, 128)
 

@@ -81,7 +81,7 @@ def test_queries_are_written_and_read(tmp_path: Path) -> None:
     assert (again.identities == queries.identities).all()
     assert (again.ap == queries.ap).all()
     assert again.right.dtype == bool
-    with pytest.raises(InputError, match=r"queries\.npz: missing, cut off or damaged"):
+    with pytest.raises(InputError, match=r"queries\.npz: cannot be read, or is cut off or damaged|no such file"):
         load_queries(tmp_path / "queries.npz", ["other"])
 
 

@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,13 +29,13 @@ from tiny import TINY, draw_training_set, trained
 
 from apd.config.files import load_config, save_config
 from apd.config.values import Config, TrainConfig
-from apd.data.market import Sample
+from apd.data.market import Sample, read_market
 from apd.data.sampler import PKSampler
 from apd.errors import DataWarning, InputError
 from apd.run import Run, update_info
 from apd.training.checkpoint import load_checkpoint, save_checkpoint
 from apd.training.engine import LossGuard
-from apd.training.log import read_metrics
+from apd.training.log import StageLog, read_metrics
 from apd.training.monitors import camera_pairs
 from apd.training.sources import Sources, gather_sources, split_validation
 from apd.training.sp import rate, total_steps
@@ -594,9 +596,10 @@ def test_errors(tmp_path: Path, whole: Run, data: Path) -> None:
         shutil.copy(whole.path / name, tmp_path / "cut")
     for name in ("best.safetensors", "generator.safetensors"):
         (tmp_path / "cut" / name).write_bytes((whole.path / name).read_bytes()[:1000])
-    with pytest.raises(InputError, match=r"best\.safetensors: not a \.safetensors file, or cut off"):
+    with pytest.raises(InputError, match=r"best\.safetensors: has changed since its training ended"):
         Run(tmp_path / "cut").load_model()
-    with pytest.raises(InputError, match=r"generator\.safetensors: not a \.safetensors file"):
+    update_info(tmp_path / "cut", weights={})  # as runs of older versions, which do not say
+    with pytest.raises(InputError, match=r"generator\.safetensors: not a \.safetensors file, or cut off"):
         Run(tmp_path / "cut").load_generator()
     config = replace(whole.config, model=replace(whole.config.model, embed_dim=36))
     shutil.copy(whole.path / "best.safetensors", tmp_path / "cut")
@@ -738,8 +741,106 @@ def test_weights_that_change_after_the_training(tmp_path: Path, whole: Run) -> N
         content = bytearray(path.read_bytes())
         content[-5] ^= 1
         path.write_bytes(content)
-        with pytest.raises(InputError, match=rf"{name}: has changed since the training of its run ended"):
+        with pytest.raises(InputError, match=rf"{name}: has changed since its training ended"):
             load(Run(tmp_path / "run"))
+
+
+def test_a_generator_may_not_change_before_the_end_either(
+    tmp_path: Path, whole: Run, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor may the weights that a configuration names; a file that is written anew has no seal meanwhile."""
+    from apd.training import train as module
+
+    trunk = tmp_path / "trunk"
+    shutil.copytree(whole.path / "baseline", trunk)
+    made = start_run(tmp_path / "run", load_config(None, [*TINY, f"mpg.trunk_weights={trunk}"]), [data])
+    shutil.copy(whole.path / "generator.safetensors", made.path)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train_sp", lambda *rest: pytest.fail("stage 2"))
+        with pytest.raises(pytest.fail.Exception):
+            train_run(made, "cpu")
+    assert list(made.info()["weights"]) == ["generator.safetensors"]
+    for path, message in (
+        (made.path / "generator.safetensors", "generator.safetensors: has changed"),
+        (trunk / "best.safetensors", "run: began with other contents of .*trunk/best.safetensors"),
+    ):
+        content = path.read_bytes()
+        path.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+        with pytest.raises(InputError, match=message):
+            train_run(made, "cpu")
+        path.write_bytes(content)
+    train_run(made, "cpu")
+    assert sorted(made.info()["weights"]) == ["best.safetensors", "generator.safetensors"]
+    (made.path / "best.safetensors").unlink()
+    shutil.rmtree(made.path / "last")
+    train_run(made, "cpu")  # other weights, as those of another random start would be, and a new seal
+    made.load_network()
+
+
+def test_an_original_that_changed_is_synthesized_anew(tmp_path: Path) -> None:
+    from apd.training.synthesis import HardImages, noisy, synthesize
+
+    folder = draw_training_set(tmp_path / "data")
+    samples = read_market(folder, ("train",)).train[:3]
+
+    def made() -> list[bytes]:
+        paths = synthesize(HardImages(noisy, None, None), samples, "train", tmp_path / "made", (32, 16), device="cpu")
+        return [path.read_bytes() for path in paths]
+
+    before = made()
+    content = bytearray(samples[1].path.read_bytes())
+    Image.new("RGB", (16, 32), (1, 2, 3)).save(samples[1].path)
+    assert [one == other for one, other in zip(before, made(), strict=True)] == [True, False, True]
+    samples[1].path.write_bytes(content)
+    assert made() == before
+
+
+CHECKPOINT = ("model", "optimizer", "log", "best", "scaler")
+
+
+@pytest.mark.filterwarnings("ignore::apd.errors.DataWarning")
+@pytest.mark.parametrize("value", ["missing", None, 5, "x", [], {}, {"a": torch.ones(3)}], ids=str)
+def test_a_checkpoint_of_other_contents(tmp_path: Path, whole: Run, value: Any) -> None:
+    """Of another program, or of another version: one line each, and no traceback."""
+    path = tmp_path / "run"
+    shutil.copytree(whole.path, path)
+    (path / "best.safetensors").unlink()
+    (path / "last" / "sp-00000003.pt").unlink()
+    last = path / "last" / "sp-00000004.pt"
+    state = torch.load(last, weights_only=True)
+    for key in CHECKPOINT:
+        if (key, value) in [("best", 5)] or (key == "scaler" and isinstance(value, dict)):
+            continue
+        torch.save(
+            {name: value if name == key else state[name] for name in state if (name, value) != (key, "missing")}, last
+        )
+        with pytest.raises(InputError, match=r"last.*(damaged|not the checkpoints of a training with this config)"):
+            train_run(Run(path), "cpu")
+    torch.save(state, last)
+    save_config(replace(whole.config, train=replace(whole.config.train, steps=2)), path / "config.yaml")
+    with pytest.raises(InputError, match="step 4 of 2"):
+        train_run(Run(path), "cpu")
+
+
+def test_a_run_folder_that_is_removed_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard's own thread meets it, too, and would print a traceback."""
+    failures: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", failures.append)
+    hook = threading.excepthook
+    path = tmp_path / "run"
+    path.mkdir()
+
+    def write() -> None:
+        with StageLog(path, "sp", "SP-Net", 0, 4, every=1) as log:
+            shutil.rmtree(path)
+            for step in range(1, 5):
+                log.line(step, loss=1.0)
+                time.sleep(0.01)
+
+    with pytest.raises(FileNotFoundError):
+        write()
+    assert failures == []
+    assert threading.excepthook is hook
 
 
 def test_training_images_that_were_replaced_are_named(tmp_path: Path, data: Path) -> None:

@@ -72,6 +72,14 @@ def test_round_trip(tmp_path: Path, metric: str, n: int) -> None:
     assert len(list(path.iterdir())) == FILES
 
 
+@pytest.mark.skipif(os.name != "posix", reason="modes of POSIX")
+def test_a_gallery_keeps_its_mode(tmp_path: Path) -> None:
+    _filled().save(tmp_path / "g")
+    (tmp_path / "g" / folder.MANIFEST).chmod(0o600)
+    _filled(5).save(tmp_path / "g")
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "g").iterdir()} == {0o600}
+
+
 def test_notes(tmp_path: Path) -> None:
     """Saved with the rows, at the same step: a gallery that replaces another has its own notes or none."""
     notes = {"model": "é.pt", "size": [256, 128], "flip": False, "of": {"fingerprint": "0a", "share": 0.1, "by": None}}

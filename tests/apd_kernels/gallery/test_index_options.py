@@ -144,7 +144,10 @@ def test_append_images(tmp_path: Path) -> None:
     assert names == [path.relative_to(data).as_posix() for path in files[0]] + [str(path) for path in files[1]]
     query = other / "query" / "0002_c1s1_000000_00.png"
     report = tmp_path / "found.html"
-    run("search", "--gallery", gallery, "--query", query, "-k", 24, "--report", report)
+    search = ("search", "--gallery", gallery, "--query", query, "-k", 24, "--report", report)
+    assert f"{other}/bounding_box_test/" in (message := error(*search))  # anybody may have written these names
+    assert f"leads out of {data}, where the images are; --outside shows such images, too" in message
+    run(*search, "--outside")
     page = report.read_text(encoding="utf-8")
     assert page.count("data:image/jpeg;base64,") == 25
     assert 'class="missing"' not in page.partition("<body>")[2]
