@@ -264,9 +264,14 @@ class ApproximateIndex:
         after = np.append(np.where(kept, np.cumsum(kept) - 1, -1), -1)  # the last for entries that are −1 already
         self._positions = after[self._positions]
 
+    @property
+    def removed(self) -> int:
+        """Entries that are of no row any more."""
+        return int((self._positions < 0).sum())
+
     def compact(self, rows: np.ndarray, share: float = 0.0) -> None:
         """Fill anew from the gallery's rows where more than `share` of the entries are of no row any more."""
-        if (self._positions < 0).sum() > share * self.entries:
+        if self.removed > share * self.entries:
             self._refill(rows)
 
     def search(self, queries: np.ndarray, candidates: int, parameters: Mapping[str, int]) -> np.ndarray:
