@@ -31,8 +31,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     path = path.resolve() if path.is_symlink() else path
     if path.exists() and not path.is_file() and not path.is_dir():
-        with path.open("wb") as file:
-            yield file
+        with path.open("wb") as device:
+            yield device
         return
     _sweep(path.parent)
     draft, file = _new_draft(path.parent)

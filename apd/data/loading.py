@@ -15,6 +15,7 @@ from apd.data.augmentation import DRAWS, Augmentation, as_floats, augment_batch
 from apd.data.images import ImageStore
 from apd.data.sampler import BatchOrder
 from apd.errors import InputError
+from apd.interrupt import ignore_signals
 
 ALL = slice(None)  # rows of a batch
 _STREAM = 2  # augmentation and sampling (sampler.py) draw from different streams of one seed
@@ -165,11 +166,17 @@ def _loaded(dataset: Dataset[Any], keys: Iterable[Any], workers: int) -> Iterato
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else a seed for the workers is taken from torch's own random numbers
+        worker_init_fn=_obey if workers else None,
     )
     for batch in loader:
         if isinstance(batch, InputError):  # handed over, because the loader would wrap it into a worker's traceback
             raise batch
         yield batch
+
+
+def _obey(worker: int) -> None:
+    """Slurm and a terminal send their signals to every process, and PyTorch ends a training whose worker ends."""
+    ignore_signals()
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -30,7 +30,6 @@ from apd.models.trunk import BaselineTrunk, Trunk, build_trunk, resolve_trunk
 from apd.run import CONFIG, GENERATOR, INFO, WEIGHTS, Run, sha256_of, update_info
 from apd.training.distributed import join, on_first, own_rows, rank
 from apd.training.engine import check_precision
-from apd.training.interrupt import interruptible
 from apd.training.monitors import REFERENCE_PAIRS, camera_distance
 from apd.training.mpg import check_mpg, train_mpg
 from apd.training.sources import Sources, gather_sources
@@ -56,9 +55,14 @@ def start_run(path: Path, config: Config, data: Sequence[Path | str | DataSpec],
     Raises:
         InputError: the folder holds a run, or the data or the configuration cannot be used; then no folder is made.
     """
-    if (path / CONFIG).exists():
-        raise InputError(f"{path}: there is a run already; choose another --output, or go on with it by --resume")
-    config = _with_absolute_paths(config)
+    with only_writer(path):
+        if (path / CONFIG).exists():
+            raise InputError(f"{path}: there is a run already; choose another --output, or go on with it by --resume")
+        _begin(path, _with_absolute_paths(config), data, threads)
+    return Run(path)
+
+
+def _begin(path: Path, config: Config, data: Sequence[Path | str | DataSpec], threads: int | None) -> None:
     specs = [DataSpec.parse(source).resolved() for source in data]
     if len({spec.folder for spec in specs}) < len(specs):
         raise InputError(
@@ -72,16 +76,6 @@ def start_run(path: Path, config: Config, data: Sequence[Path | str | DataSpec],
     if config.uses_generator:
         check_mpg(sources, config)
     check_sp(sources, config)
-    with only_writer(path):
-        if (path / CONFIG).exists():
-            raise InputError(f"{path}: another process has begun a run in it meanwhile; choose another --output")
-        _begin(path, config, specs, folders, threads)
-    return Run(path)
-
-
-def _begin(
-    path: Path, config: Config, specs: Sequence[DataSpec], folders: Sequence[ReidFolder], threads: int | None
-) -> None:
     update_info(
         path,
         data=[str(spec) for spec in specs],
@@ -115,7 +109,7 @@ def train_run(run: Run, device: str) -> dict[str, Any]:
     own_rows(run.config.train)
     began = on_first(lambda: run.info().get("threads"))
     alone = only_writer(run.path) if rank() == 0 else nullcontext()
-    with alone, interruptible(), training_threads(began) if device == "cpu" else nullcontext():
+    with alone, training_threads(began) if device == "cpu" else nullcontext():
         _train(run, device)
     return run.info()
 

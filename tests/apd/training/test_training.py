@@ -222,18 +222,6 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path) 
     assert load_checkpoint(tmp_path, "none") is None
 
 
-def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
-    """By a later checkpoint; a file of a large network is hundreds of megabytes."""
-    half = tmp_path / "last" / ".sp-00000003.pt.0a1b2c3d.tmp"
-    half.parent.mkdir()
-    half.write_bytes(b"half")
-    save_checkpoint(tmp_path, "sp", 4, {})
-    assert half.exists()  # so young that somebody may just have begun to write it
-    os.utime(half, (0, 0))
-    save_checkpoint(tmp_path, "sp", 5, {})
-    assert sorted(path.name for path in half.parent.iterdir()) == ["sp-00000004.pt", "sp-00000005.pt"]
-
-
 def test_two_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 10):
         save_checkpoint(tmp_path, "sp", step, {})

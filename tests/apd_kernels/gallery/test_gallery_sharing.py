@@ -191,7 +191,8 @@ def test_a_killed_process_lets_go_whatever_it_has_forked(tmp_path: Path) -> None
                 os.write(write, b"forked")
                 time.sleep(3)
                 os._exit(0)
-            time.sleep(60)
+            time.sleep(10)
+            os._exit(0)
     os.read(read, 6)
     with pytest.raises(FolderBusy), exclusive(tmp_path, wait=False):
         pass
