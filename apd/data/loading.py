@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -45,7 +45,7 @@ def training_batches(
     stop: int,
     workers: int,
     rows: slice = ALL,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The batches of the steps `start` to `stop` − 1.
 
     What is drawn for an image depends on the seed, the step and its place in
@@ -78,7 +78,7 @@ def device_batches(
     start: int,
     stop: int,
     rows: slice = ALL,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The batches of the steps `start` to `stop` − 1, made where all images lie already.
 
     As with `training_batches`, what is drawn for an image depends on the seed,
@@ -158,7 +158,7 @@ class _Plain(Dataset[Any]):
         return as_floats(images)
 
 
-def _loaded(dataset: Dataset[Any], keys: Iterable[Any], workers: int) -> Iterator[Any]:
+def _loaded(dataset: Dataset[Any], keys: Iterable[Any], workers: int) -> Generator[Any, None, None]:
     loader = DataLoader(
         dataset,
         batch_sampler=keys,

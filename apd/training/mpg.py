@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import count
 from pathlib import Path
 
@@ -166,7 +167,7 @@ def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device:
         workers=config.data.workers,
     )
     log = StageLog(run, STAGE, "MPG-Net", start, options.steps, every=config.log_steps, state=logged)
-    with log, whole_steps():
+    with log, whole_steps(), closing(batches):
 
         def save(step: int) -> None:
             guard.settle()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def _sampler(sources: Sources, config: Config) -> BatchOrder:
 
 def _batches(
     sources: Sources, config: Config, fill: Sequence[float], device: torch.device, own: slice, start: int, stop: int
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Augmented where the configuration says."""
     data = config.data
     augmentation = Augmentation.of(data, fill)
@@ -141,7 +142,7 @@ def train_sp(run: Path, sources: Sources, validation: list[list[Sample]], config
     title = "baseline" if config.model.ssd == "none" else "SP-Net"
     writes = accelerator.is_main_process
     log = StageLog(run, STAGE, title, start, steps, every=config.log_steps, state=logged) if writes else Unlogged()
-    with log, whole_steps():
+    with log, whole_steps(), closing(batches):
 
         def save(step: int) -> None:
             guard.settle()

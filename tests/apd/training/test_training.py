@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from apd.config.values import Config, TrainConfig
 from apd.data.market import Sample
 from apd.data.sampler import PKSampler
 from apd.errors import DataWarning, InputError
+from apd.files import write_bytes
 from apd.run import Run, update_info
 from apd.training.checkpoint import load_checkpoint, save_checkpoint
 from apd.training.engine import LossGuard
@@ -139,12 +142,12 @@ def test_killed_run_goes_on_to_the_same_bits(tmp_path: Path, whole: Run, data: P
     _same_results(path, whole.path)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-@pytest.mark.parametrize("stage", ["mpg", "sp"])
+@pytest.mark.parametrize("workers", [0, 1], ids=["alone", "worker"])
+@pytest.mark.parametrize(("stage", "signum"), [("mpg", signal.SIGINT), ("sp", signal.SIGTERM)])
 def test_a_signal_ends_a_training_with_a_checkpoint(
-    tmp_path: Path, whole: Run, data: Path, stage: str, signum: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, whole: Run, data: Path, stage: str, signum: int, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the next step, and the rest goes on to the same bits."""
+    """At the next step, and the rest goes on to the same bits. Slurm sends a signal to every process."""
     from apd.training import mpg, sp
 
     module = {"mpg": mpg, "sp": sp}[stage]
@@ -153,11 +156,14 @@ def test_a_signal_ends_a_training_with_a_checkpoint(
     def watch(self: Any, step: int, *rest: Any) -> None:
         steps.append(step)
         if step == 2:
-            os.kill(os.getpid(), signum)
+            assert len(multiprocessing.active_children()) == workers
+            for process in (*multiprocessing.active_children(), multiprocessing.current_process()):
+                os.kill(process.pid or 0, signum)
+            time.sleep(0.5 * workers)  # a worker that ended would end the training
         guard(self, step, *rest)
 
     path = tmp_path / "run"
-    start_run(path, whole.config, [data])
+    start_run(path, replace(whole.config, data=replace(whole.config.data, workers=workers)), [data])
     shutil.copytree(whole.path / "baseline", path / "baseline")
     if stage == "sp":
         for name in ("generator.safetensors", "run.json", "metrics.csv"):
@@ -169,6 +175,29 @@ def test_a_signal_ends_a_training_with_a_checkpoint(
     assert f"interrupted at step 2; go on with: apd train --resume {path}" in message
     assert (path / "last" / f"{stage}-00000002.pt").is_file()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    train_run(Run(path), "cpu")
+    _same_results(path, whole.path)
+
+
+def test_a_signal_between_the_stages(tmp_path: Path, whole: Run, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ends the training at once, in the middle of the images that it writes."""
+    from apd.training import synthesis
+
+    def written(path: Path, content: bytes) -> None:
+        write_bytes(path, content)
+        if len(list(path.parent.iterdir())) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    path = tmp_path / "run"
+    start_run(path, whole.config, [data])
+    shutil.copytree(whole.path / "baseline", path / "baseline")
+    for name in ("generator.safetensors", "run.json", "metrics.csv"):
+        shutil.copy(whole.path / name, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(synthesis, "write_bytes", written)
+        message = run("train", "--resume", path, "--device", "cpu", code=143).splitlines()[-1]
+    assert message == f"interrupted; go on with: apd train --resume {path}"
+    assert len(list(path.glob("synthesized/*/bounding_box_train/*"))) == 5
     train_run(Run(path), "cpu")
     _same_results(path, whole.path)
 
