@@ -553,3 +553,5 @@ def _check_positive(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
+    if value >= 2**31:  # FAISS counts in an int
+        raise ValueError(f"{name}: expected at most {2**31 - 1:,}, got {value:,}")
