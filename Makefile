@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 OLDEST := .venv-oldest
+# A worker takes whole files, in the order of tests/conftest.py.
+WORKERS := -n auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test test-long test-oldest bench gpu lint clean
 .DEFAULT_GOAL := help
@@ -27,22 +29,22 @@ lint: $(READY)  ## ruff (lint and format) and mypy
 	$(BIN)/mypy
 
 test: lint  ## lint, then every test that needs no GPU (on a CUDA machine: also those that do)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(WORKERS)
 
 test-long: $(READY)  ## the tests that `make test` leaves out: every launch compiled for every GPU
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m long
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(WORKERS) -m long
 
 # PyTorch 2.4 pins Triton 3.0, which does not compile the kernels: they are tested with the oldest that does. Its
 # interpreter needs NumPy before 2.4.
 $(OLDEST)/ready: Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info >= (3, 13))' || { echo "PyTorch 2.4 needs Python 3.10 to 3.12: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet torch==2.4.1 'numpy<2.4' 'pytest>=8.3' 'pytest-xdist>=3.6' 'scipy>=1.11'
+	$(OLDEST)/bin/python -m pip install --quiet torch==2.4.1 'numpy<2.4' 'pytest>=8.3' 'pytest-xdist>=3.7' 'scipy>=1.11'
 	$(OLDEST)/bin/python -m pip install --quiet --no-deps triton==3.6.0
 	@touch $@
 
 test-oldest: $(OLDEST)/ready  ## operators, compilation, evaluation and kernels with PyTorch 2.4 and Triton 3.6
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto -m oldest $$(grep -rl --include='test_*.py' pytest.mark.oldest tests)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(WORKERS) -m oldest $$(grep -rl --include='test_*.py' pytest.mark.oldest tests)
 
 bench: $(READY)  ## the benchmark suites: small sizes on the CPU, full sizes on CUDA
 	@mkdir -p runs/benchmarks

@@ -31,9 +31,23 @@ if HAS_TRITON and INTERPRETED:
 _without_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 
 
+# The files that take longest (the first three minutes, the others one or less): with ``--dist loadfile`` a worker takes
+# a whole file, so that what its tests share is made once, and both workers end together if these come first.
+LONGEST = (
+    "test_ahead_of_time.py",
+    "test_gpu_run.py",
+    "test_ranking.py",
+    "test_neighbors.py",
+    "test_adversarial_solver.py",
+    "test_adversarial.py",
+    "test_prepared.py",
+    "test_training_distributed.py",
+)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked `long` run where ``-m`` asks for them; gpu tests where there is a device, and are skipped where they
-    are asked for without one."""
+    are asked for without one. The longest files come first."""
     asked = config.option.markexpr
     left_out = [] if "long" in asked else [item for item in items if item.get_closest_marker("long")]
     if not torch.cuda.is_available():
@@ -44,7 +58,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         else:
             left_out += gpu
     config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in set(left_out)]
+    gone = set(left_out)
+    items[:] = [item for item in items if item not in gone]
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @dataclass(frozen=True)

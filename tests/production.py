@@ -97,11 +97,21 @@ def distance_gradient() -> None:
     distance.pairwise_distance_backward(_rows(256, 256), _rows(256, 256), x, None, "dot", "fp32", True, False)
 
 
-@case
-def distance_split() -> None:
-    for metric in ("euclidean", "sqeuclidean", "cosine", "dot"):
+def _distance_split(*metrics: str) -> None:
+    for metric in metrics:
         distance.pairwise_distance(_rows(4096, 2048), _rows(8192, 2048), Operands(), metric, "fp32")
         distance.pairwise_distance(_rows(4096, 2048), None, Operands(), metric, "fp32")
+
+
+@case
+def distance_split() -> None:
+    _distance_split("euclidean", "dot")
+
+
+@case
+def distance_split_of_other_metrics() -> None:
+    """A root less than "euclidean", and a division by norms more than "dot"."""
+    _distance_split("sqeuclidean", "cosine")
 
 
 @case
@@ -559,6 +569,7 @@ def prepared_distance_over_sizes() -> None:
 ON_AMD = [
     distance_fp32,
     distance_split,
+    distance_split_of_other_metrics,
     distance_gradient,
     paired,
     triplet_batch,
@@ -573,6 +584,7 @@ ON_AMD_SOON = [distance_split, triplet_batch, contrastive_losses]
 """Of those, the ones of the default run."""
 
 VARIANTS = [
+    distance_split_of_other_metrics,
     distance_half,
     distance_bf16_of_fp32,
     triplet_sets_half,
@@ -584,4 +596,4 @@ VARIANTS = [
     metric_perturb_of_half,
     neighbors_excluding,
 ]
-"""Kernels and tiles of other cases with other masks, precisions and dtypes: for the long run."""
+"""Kernels and tiles of other cases with other masks, precisions, metrics and dtypes: for the long run."""

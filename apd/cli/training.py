@@ -34,7 +34,11 @@ def train(
         Path | None, typer.Option(help="Folder of the run; default: runs/ and the name of the configuration.")
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Go on with an interrupted run, whose folder keeps data and configuration.")
+        Path | None,
+        typer.Option(
+            help="Go on with an interrupted run, whose folder keeps data and configuration; with train.steps=N also "
+            "with a finished one, to N steps in all."
+        ),
     ] = None,
     device: DeviceOption = Device.auto,
 ) -> None:
@@ -47,7 +51,7 @@ def train(
     --device cpu, in N processes): to the same result as one, up to rounding,
     but for the batch norms inside a CNN, each of which sees its process's images.
     """
-    if resume is not None and (data or config or output or values):
+    if resume is not None and (data or config or output):
         raise InputError("--resume RUN stands alone: data and configuration are those of the run")
     if resume is None and not data:
         raise InputError("--data: give the folder of at least one source domain")
@@ -59,7 +63,7 @@ def train(
     from apd.interrupt import going_on
     from apd.run import Run
     from apd.training.distributed import join, leave, on_first, rank
-    from apd.training.train import start_run, train_run
+    from apd.training.train import extend_run, nothing_left, start_run, train_run
 
     join(on)
     name = Path(config).stem if config is not None else "default"
@@ -68,6 +72,12 @@ def train(
     with only_writer(path) if rank() == 0 else nullcontext():  # a later process is told before anything is read
         if resume is None:
             on_first(lambda: start_run(path, chosen, data or []))
+        elif values:
+            on_first(lambda: extend_run(Run(path), values))
+        elif on_first(lambda: nothing_left(Run(path))):
+            console.print(f"{path}: finished; --resume with train.steps=N trains on, to N steps", soft_wrap=True)
+            leave()
+            return
         run = Run(path)
         for line in advice(run.config):
             console.print(f"note: {line}", soft_wrap=True)
