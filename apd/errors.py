@@ -9,8 +9,8 @@ class DataWarning(UserWarning):
     """Something in a data set that was left out or looks wrong; the message names it."""
 
 
-class Interrupted(Exception):
-    """A signal ended a training, which can be resumed.
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the work.
 
     Args:
         signum: of the signal.

@@ -1,4 +1,4 @@
-"""Writing result files."""
+"""Reading and writing files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import re
 import secrets
 import stat
 import sys
-import time
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -42,16 +41,17 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     if not path.parent.is_dir():  # else the error would name the draft
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
     _sweep(path.parent)
-    draft = path.with_name(f".{secrets.token_hex(8)}.tmp")  # not of the name, which may be as long as names can be
+    draft, file = _new_draft(path.parent)
     try:
-        with draft.open("xb") as file:
+        with file:
             keep_mode(file, path)  # before anything is in it
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says that somebody is still writing
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(draft, path)
+            if fcntl is not None:
+                os.replace(draft, path)  # while the lock is held: a draft without one is anybody's to remove
+        if fcntl is None:
+            os.replace(draft, path)  # Windows renames no open file
         flush_folder(path.parent)
     finally:
         draft.unlink(missing_ok=True)
@@ -100,23 +100,33 @@ def check_destination(path: Path) -> None:
         raise InputError(f"{path}: no permission to write to {folder}")
 
 
-_DRAFT = re.compile(r"\.([^/]+\.)?[0-9a-f]{8,16}\.tmp")
-_YOUNG = 60  # seconds in which a draft may not be locked yet
+_DRAFT = re.compile(r"\.apd-[0-9a-f]{16}\.tmp")  # not of the file's name, which may be as long as names can be
 _swept: set[Path] = set()
 
 
+def _new_draft(folder: Path) -> tuple[Path, BinaryIO]:
+    """A file whose lock says that somebody is still writing, as far as the file system has locks."""
+    while True:
+        draft = folder / f".apd-{secrets.token_hex(8)}.tmp"
+        file = draft.open("xb")
+        if fcntl is not None:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return draft, file
+        file.close()  # swept before it was locked
+
+
 def _sweep(folder: Path) -> None:
-    """Remove the drafts that nobody writes any more; once in a process, unless some may have been left just now."""
+    """Remove the drafts that nobody writes any more, once in a process."""
     if fcntl is None or folder in _swept:
         return
-    drafts = [path for path in folder.iterdir() if _DRAFT.fullmatch(path.name) and path.is_file()]
-    young = [draft for draft in drafts if time.time() - draft.stat().st_mtime < _YOUNG]
-    for draft in set(drafts) - set(young):
-        with suppress(OSError), draft.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            draft.unlink()
-    if not young:
-        _swept.add(folder)
+    _swept.add(folder)
+    for draft in folder.iterdir():
+        if _DRAFT.fullmatch(draft.name):
+            with suppress(OSError), draft.open("rb") as file:  # OSError: gone, or somebody's
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                draft.unlink()
 
 
 @contextmanager
@@ -231,20 +241,16 @@ def only_writer(folder: Path) -> Iterator[None]:
     empty.
 
     Raises:
-        InputError: another process holds it; nothing has been done yet.
+        InputError: another process holds it, nothing has been done yet; or it cannot be made.
     """
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: expected a folder, found a file")
     with ExitStack() as stack:
         try:
             stack.enter_context(exclusive(folder, wait=False))
         except FolderBusy as error:
             raise InputError(str(error)) from None
-        try:
-            yield
-        finally:
-            if made and not any(folder.iterdir()):
-                folder.rmdir()
+        yield
 
 
 def write_bytes(path: Path, content: bytes) -> None:

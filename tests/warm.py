@@ -11,12 +11,14 @@ import os
 import runpy
 import sys
 from collections.abc import Mapping
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["apd.training.train"])
+_context.set_forkserver_preload(["apd.training.train", "apd.data.worker_server"])
+forkserver.ensure_running()  # before a loader of images starts one without these imports
 
 
 class Popen:

@@ -58,7 +58,8 @@ def ablate(
     from apd.experiments.ablation.execute import TABLE, Ablation
     from apd.experiments.ablation.plan import load_plan
     from apd.experiments.ablation.tables import around, insert, markdown, tables
-    from apd.files import write_text
+    from apd.files import only_writer, write_text
+    from apd.interrupt import going_on
 
     plan = load_plan(file)
     if into is not None:
@@ -72,15 +73,15 @@ def ablate(
         if name in folders:
             raise InputError(f"--target {name}: given twice, {folders[name]} and {path}")
         folders[name] = path
-    output.mkdir(parents=True, exist_ok=True)
-    ablation = Ablation(plan, data=data, targets=folders, output=output, device=on, features=features)
-    failed = ablation.execute(jobs, train=not no_train)
-    console.print()
-    for title, table in tables(ablation).items():
-        console.print(title, style="bold", soft_wrap=True)
-        print_table(table)
-    text = markdown(ablation)
-    write_text(output / TABLE, text + "\n")
+    with only_writer(output), going_on("the same command"):  # from reading the results that are there to the table
+        ablation = Ablation(plan, data=data, targets=folders, output=output, device=on, features=features)
+        failed = ablation.execute(jobs, train=not no_train)
+        console.print()
+        for title, table in tables(ablation).items():
+            console.print(title, style="bold", soft_wrap=True)
+            print_table(table)
+        text = markdown(ablation)
+        write_text(output / TABLE, text + "\n")
     print_written(output / TABLE)
     if into is not None:
         insert(into, plan.path.stem, text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,7 +16,8 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from apd.errors import DataWarning, InputError, Interrupted
+from apd.errors import DataWarning, InputError
+from apd.interrupt import ending_by_signals
 
 
 class Device(str, Enum):
@@ -42,13 +44,14 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
             warnings.simplefilter("always", DataWarning)
             warnings.showwarning = _warnings_in_one_line(warnings.showwarning)
             try:
-                command(*args, **kwargs)
-            except Interrupted as error:
-                typer.secho(line(error), fg="yellow", err=True)
-                raise typer.Exit(128 + error.signum) from None
-            except KeyboardInterrupt:
-                typer.secho("interrupted", fg="red", err=True)
-                raise typer.Exit(130) from None
+                with ending_by_signals():
+                    command(*args, **kwargs)
+            except KeyboardInterrupt as error:
+                from apd.console import console
+
+                if not console.quiet:  # of several processes that train, the first one says it
+                    typer.secho(line(error) or "interrupted", fg="yellow", err=True)
+                raise typer.Exit(128 + getattr(error, "signum", signal.SIGINT)) from None
             except BrokenPipeError:  # `apd search … | head`; typer handles it
                 raise
             except (ImportError, OSError, ValueError) as error:

@@ -51,11 +51,15 @@ def run(
     from apd.data.datasets import DataSpec
     from apd.experiments.protocol_runs import as_markdown, run_protocol
     from apd.experiments.protocols import locate, protocol_named
+    from apd.files import only_writer
+    from apd.interrupt import going_on
 
     protocol = protocol_named(name, source, target or ())
     where = locate(protocol.data_sets, data_root, [DataSpec.parse(one) for one in data or ()])
     folder = output or Path("runs") / (protocol.tasks[0].folder if source is not None else protocol.name)
-    results = run_protocol(protocol, where, load_config(config, values or ()), folder, on)
+    chosen = load_config(config, values or ())
+    with only_writer(folder), going_on("the same command"):
+        results = run_protocol(protocol, where, chosen, folder, on)
     for line in as_markdown(protocol, where, results).splitlines():
         console.print(line, soft_wrap=True)
     print_written(folder / "table.md", folder / "table.json")

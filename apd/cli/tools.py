@@ -25,8 +25,10 @@ def demo(
     """
     on = torch_device(device)
     from apd.demo.demonstration import run_demo
+    from apd.files import only_writer
 
-    run_demo(output, seed=seed, device=on)
+    with only_writer(output):
+        run_demo(output, seed=seed, device=on)
 
 
 @reported

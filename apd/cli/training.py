@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -57,30 +59,32 @@ def train(
     from apd.config.files import load_config
     from apd.config.values import advice
     from apd.console import console, print_written
+    from apd.files import only_writer
+    from apd.interrupt import going_on
     from apd.run import Run
-    from apd.training.distributed import join, leave, on_first
+    from apd.training.distributed import join, leave, on_first, rank
     from apd.training.engine import check_precision
     from apd.training.train import extend_run, nothing_left, start_run, train_run
 
     join(on)
-    if resume is not None:
-        run = Run(resume)
-        if values:
-            run = on_first(lambda: extend_run(run, values))
-        elif on_first(lambda: nothing_left(run)):
-            console.print(f"{run.path}: finished; --resume with train.steps=N trains on, to N steps", soft_wrap=True)
+    name = Path(config).stem if config is not None else "default"
+    path = resume or output or Path("runs") / name
+    chosen = load_config(config, values or ()) if resume is None else Run(resume).config
+    with only_writer(path) if rank() == 0 else nullcontext():  # a later process is told before anything is read
+        if resume is None:
+            check_precision(chosen, on)
+            on_first(lambda: start_run(path, chosen, data or []))
+        elif values:
+            on_first(lambda: extend_run(Run(path), values))
+        elif on_first(lambda: nothing_left(Run(path))):
+            console.print(f"{path}: finished; --resume with train.steps=N trains on, to N steps", soft_wrap=True)
             leave()
             return
-    else:
-        chosen = load_config(config, values or ())
-        name = Path(config).stem if config is not None else "default"
-        path = output or Path("runs") / name
-        check_precision(chosen, on)
-        on_first(lambda: start_run(path, chosen, data or []))
         run = Run(path)
-    for line in advice(run.config):
-        console.print(f"note: {line}", soft_wrap=True)
-    train_run(run, on)
+        for line in advice(run.config):
+            console.print(f"note: {line}", soft_wrap=True)
+        with going_on(f"apd train --resume {shlex.quote(str(path))}"):
+            train_run(run, on)
     print_written(run.path)
     leave()
 
@@ -108,15 +112,18 @@ def synthesize(
     on = torch_device(device)
     from apd.console import print_written
     from apd.data.datasets import read_dataset
+    from apd.files import only_writer
+    from apd.interrupt import going_on
     from apd.run import Run
     from apd.training.synthesis import synthesize as write_images
     from apd.training.train import hard_images
 
-    run = Run(checkpoint)
-    generator = hard_images(run, on)
-    folder = read_dataset(data, parts)
-    for name in parts:
-        write_images(generator, getattr(folder, name), name, output, run.size, device=on, workers=workers)
+    with only_writer(output), going_on("the same command"):
+        run = Run(checkpoint)
+        generator = hard_images(run, on)
+        folder = read_dataset(data, parts)
+        for name in parts:
+            write_images(generator, getattr(folder, name), name, output, run.size, device=on, workers=workers)
     print_written(output)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from multiprocessing import reduction
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,7 +140,8 @@ class ImageStore:
     def __init__(self, paths: Sequence[Path | str], size: tuple[int, int], *, cache: bool) -> None:
         self._paths = list(paths)
         self._size = size
-        self._images = self._read_all() if cache else None
+        self._file: Any = None  # of the images that are kept: memory without a name
+        self._images = self._read_all(kept=True) if cache else None
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -156,16 +161,37 @@ class ImageStore:
         Raises:
             InputError: an image cannot be read, or there is not enough memory.
         """
-        return self._read_all() if self._images is None else self._images
+        return self._read_all(kept=False) if self._images is None else self._images
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a data worker, which gets the file: a copy of its own would be too much, and /dev/shm may be small."""
+        if self._file is None:
+            return self.__dict__
+        return {**self.__dict__, "_images": None, "_file": reduction.DupFd(self._file)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._file is not None:
+            self._file = self._file.detach()
+            self._images = self._mapped()
+
+    def _mapped(self) -> Tensor:
+        weakref.finalize(self, os.close, self._file)
+        mapped = torch.frombuffer(mmap.mmap(self._file, self.bytes), dtype=torch.uint8)
+        return mapped.view(len(self), 3, *self._size)
 
     def _read(self, index: int) -> Tensor:
         return torch.from_numpy(load_image(self._paths[index], self._size)).permute(2, 0, 1).contiguous()
 
-    def _read_all(self) -> Tensor:
+    def _read_all(self, kept: bool) -> Tensor:
         shape = (len(self), 3, *self._size)
         try:
-            images = torch.empty(shape, dtype=torch.uint8)
-        except RuntimeError as error:
+            images = torch.empty(shape, dtype=torch.uint8)  # what is too much by far is refused here alone
+            if kept and len(self) and hasattr(os, "memfd_create"):
+                self._file = os.memfd_create("images")
+                os.truncate(self._file, self.bytes)
+                images = self._mapped()
+        except (RuntimeError, OSError) as error:
             gigabytes = np.prod(shape, dtype=float) / 1e9
             raise InputError(f"cache: no memory for {len(self):,} images, {gigabytes:.1f} GB") from error
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
+import multiprocessing
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -15,6 +18,7 @@ from apd.data.augmentation import DRAWS, Augmentation, as_floats, augment_batch
 from apd.data.images import ImageStore
 from apd.data.sampler import BatchOrder
 from apd.errors import InputError
+from apd.interrupt import ignore_signals
 
 ALL = slice(None)  # rows of a batch
 _STREAM = 2  # augmentation and sampling (sampler.py) draw from different streams of one seed
@@ -44,7 +48,7 @@ def training_batches(
     stop: int,
     workers: int,
     rows: slice = ALL,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The batches of the steps `start` to `stop` − 1.
 
     What is drawn for an image depends on the seed, the step and its place in
@@ -77,7 +81,7 @@ def device_batches(
     start: int,
     stop: int,
     rows: slice = ALL,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The batches of the steps `start` to `stop` − 1, made where all images lie already.
 
     As with `training_batches`, what is drawn for an image depends on the seed,
@@ -157,19 +161,40 @@ class _Plain(Dataset[Any]):
         return as_floats(images)
 
 
-def _loaded(dataset: Dataset[Any], keys: Iterable[Any], workers: int) -> Iterator[Any]:
+def _loaded(dataset: Dataset[Any], keys: Iterable[Any], workers: int) -> Generator[Any, None, None]:
+    workers = min(workers, 8 * (os.cpu_count() or 1))
     loader = DataLoader(
         dataset,
         batch_sampler=keys,
         collate_fn=_as_it_is,
         num_workers=workers,
+        multiprocessing_context=_starter() if workers else None,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else a seed for the workers is taken from torch's own random numbers
+        worker_init_fn=_obey if workers else None,
     )
     for batch in loader:
         if isinstance(batch, InputError):  # handed over, because the loader would wrap it into a worker's traceback
             raise batch
         yield batch
+
+
+@functools.cache
+def _starter() -> Any:
+    """What starts workers: where there is such a thing, a process that has done the imports and nothing else.
+
+    A worker that is forked from this process instead may wait for ever for a lock that one of its threads held.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return None
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "apd.data.worker_server"])
+    return context
+
+
+def _obey(worker: int) -> None:
+    """Slurm and a terminal send their signals to every process, and PyTorch ends a training whose worker ends."""
+    ignore_signals()
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -6,6 +6,7 @@ batch norms, mining and losses are those of the whole step, on every process the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -59,6 +60,23 @@ def on_first(work: Callable[[], _Result]) -> _Result:
     if world_size() > 1:
         dist.broadcast_object_list(found)
     return found[0]
+
+
+def on_any(asked: bool) -> bool:
+    """Whether any of the processes says so, as all of them know it.
+
+    A collective on the CPU: no GPU is waited for.
+    """
+    if world_size() == 1:
+        return asked
+    found = torch.tensor(int(asked))
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=_on_cpu(dist.group.WORLD))
+    return bool(found)
+
+
+@functools.cache
+def _on_cpu(world: Any) -> Any:
+    return world if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 def own_rows(config: TrainConfig) -> slice:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import count
 from pathlib import Path
 
@@ -16,12 +17,12 @@ from apd.data.augmentation import as_floats
 from apd.data.images import ImageStore
 from apd.data.loading import images_in_order, training_batches
 from apd.errors import InputError
+from apd.interrupt import asked_to_end, interrupted, whole_steps
 from apd.models.mpgnet import Discriminator, Generator, discriminator_loss, generator_losses
 from apd.models.trunk import Trunk, build_trunk
 from apd.run import GENERATOR, save_tensors, update_info
 from apd.training.checkpoint import LOG, load_checkpoint, remove_checkpoints, restoring, save_checkpoint
 from apd.training.engine import CheckpointClock, LossGuard, seed_step
-from apd.training.interrupt import asked_to_end, interrupted
 from apd.training.log import StageLog
 from apd.training.monitors import flipped_share, sample_grid, sample_images
 from apd.training.sources import Sources
@@ -169,7 +170,8 @@ def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device:
         stop=options.steps,
         workers=config.data.workers,
     )
-    with StageLog(run, STAGE, "MPG-Net", start, options.steps, every=config.log_steps, state=logged) as log:
+    log = StageLog(run, STAGE, "MPG-Net", start, options.steps, every=config.log_steps, state=logged)
+    with log, whole_steps(), closing(batches):
 
         def save(step: int) -> None:
             guard.settle()
@@ -227,7 +229,7 @@ def train_mpg(run: Path, sources: Sources, trunk: Trunk, config: Config, device:
             clock.tick(step)
             if asked_to_end():
                 clock.save(step)
-                raise interrupted(run, step)
+                raise interrupted(step)
             flipped = sum(latest) / _LINES
             if options.stop_flipped is not None and flipped >= options.stop_flipped:
                 update_info(run, mpg_stopped={"step": step, "flipped": flipped})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ from apd.data.images import ImageStore
 from apd.data.loading import Batch, device_batches, fits_on, training_batches
 from apd.data.market import Sample
 from apd.data.sampler import BatchOrder, DomainSampler, PKSampler, WithCounterparts
+from apd.interrupt import asked_to_end, interrupted, whole_steps
 from apd.models.spnet import build_spnet, parameter_groups
 from apd.run import WEIGHTS, read_info, save_tensors, update_info
 from apd.training.checkpoint import LOG, load_checkpoint, restoring, save_checkpoint
-from apd.training.distributed import Unlogged, own_rows
+from apd.training.distributed import Unlogged, on_any, own_rows
 from apd.training.engine import CheckpointClock, LossGuard, make_accelerator
-from apd.training.interrupt import asked_to_end, interrupted
 from apd.training.log import StageLog
 from apd.training.sources import Sources
 from apd.training.step import TrainingStep
@@ -84,7 +85,7 @@ def _sampler(sources: Sources, config: Config) -> BatchOrder:
 
 def _batches(
     sources: Sources, config: Config, fill: Sequence[float], device: torch.device, own: slice, start: int, stop: int
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Augmented where the configuration says."""
     data = config.data
     augmentation = Augmentation.of(data, fill)
@@ -148,7 +149,7 @@ def train_sp(run: Path, sources: Sources, validation: list[list[Sample]], config
     title = "baseline" if config.model.ssd == "none" else "SP-Net"
     writes = accelerator.is_main_process
     log = StageLog(run, STAGE, title, start, steps, every=config.log_steps, state=logged) if writes else Unlogged()
-    with log:
+    with log, whole_steps(), closing(batches):
 
         def save(step: int) -> None:
             guard.settle()
@@ -189,10 +190,10 @@ def train_sp(run: Path, sources: Sources, validation: list[list[Sample]], config
                     with accelerator.autocast():
                         chosen.validate(model, step, log)
                 clock.tick(step)
-            if asked_to_end():
+            if on_any(asked_to_end()):
                 if writes:
                     clock.save(step)
-                raise interrupted(run, step)
+                raise interrupted(step)
             if collapsed and options.on_collapse == "stop":
                 break
         guard.settle()

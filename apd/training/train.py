@@ -31,7 +31,6 @@ from apd.run import CONFIG, GENERATOR, INFO, WEIGHTS, Run, sha256_of, update_inf
 from apd.training.checkpoint import newest_step
 from apd.training.distributed import join, on_first, own_rows, rank
 from apd.training.engine import check_precision
-from apd.training.interrupt import interruptible
 from apd.training.monitors import REFERENCE_PAIRS, camera_distance, camera_pairs
 from apd.training.mpg import check_mpg, train_mpg
 from apd.training.sources import Sources, gather_sources
@@ -68,9 +67,14 @@ def start_run(
     Raises:
         InputError: the folder holds a run, or the data or the configuration cannot be used; then no folder is made.
     """
-    if (path / CONFIG).exists():
-        raise InputError(f"{path}: there is a run already; choose another --output, or go on with it by --resume")
-    config = _with_absolute_paths(config)
+    with only_writer(path):
+        if (path / CONFIG).exists():
+            raise InputError(f"{path}: there is a run already; choose another --output, or go on with it by --resume")
+        _begin(path, _with_absolute_paths(config), data, threads, look)
+    return Run(path)
+
+
+def _begin(path: Path, config: Config, data: Sequence[Path | str | DataSpec], threads: int | None, look: bool) -> None:
     specs = [DataSpec.parse(source).resolved() for source in data]
     if len({spec.folder for spec in specs}) < len(specs):
         raise InputError(
@@ -90,16 +94,6 @@ def start_run(
         images = [sample.path for one in folders for sample in (*one.train, *_own_test(one))]
         with progress("looking at images", len(images)) as advance:
             check_readable(images, advance)
-    with only_writer(path):
-        if (path / CONFIG).exists():
-            raise InputError(f"{path}: another process has begun a run in it meanwhile; choose another --output")
-        _begin(path, config, specs, folders, threads)
-    return Run(path)
-
-
-def _begin(
-    path: Path, config: Config, specs: Sequence[DataSpec], folders: Sequence[ReidFolder], threads: int | None
-) -> None:
     update_info(
         path,
         data=[str(spec) for spec in specs],
@@ -136,19 +130,14 @@ def train_run(run: Run, device: str) -> dict[str, Any]:
     if began is not None and not 1 <= began <= _MOST_THREADS:
         raise InputError(f"{run.path / INFO}: threads: expected from 1 to {_MOST_THREADS:,}, got {began}")
     alone = only_writer(run.path) if rank() == 0 else nullcontext()
-    with alone, interruptible(), training_threads(began) if device == "cpu" else nullcontext():
+    with alone, training_threads(began) if device == "cpu" else nullcontext():
         _train(run, device)
     return run.info()
 
 
 def nothing_left(run: Run) -> bool:
-    """Whether a run is finished.
-
-    Raises:
-        InputError: another process trains it.
-    """
-    with only_writer(run.path):
-        return "finished" in run.info() and (run.path / WEIGHTS).is_file()
+    """Whether a run is finished."""
+    return "finished" in run.info() and (run.path / WEIGHTS).is_file()
 
 
 _LENGTH = ("train.steps", "train.epochs")

@@ -76,15 +76,12 @@ def save_folder(
     """
     check_replaceable(path, format, error)
     made = not path.exists()
-    path.mkdir(parents=True, exist_ok=True)
     with exclusive(path):
         check_replaceable(path, format, error)
         try:
             _write(path, {"format": format, "version": version, **fields}, files)
         finally:
             _sweep(path)  # after a failure: the new files; after success: the old ones
-            if made and not any(path.iterdir()):
-                path.rmdir()
         if made:
             flush_folder(path.parent)
 
@@ -225,38 +222,75 @@ class FolderBusy(OSError):
     """Another process, or another thread, is writing to a folder."""
 
 
-_held = threading.local()  # .folders: those that this thread has locked
+_held: dict[tuple[int, int, int], int] = {}  # descriptors of locked folders, by device, inode and thread
 
 
 @contextlib.contextmanager
 def exclusive(path: Path, *, wait: bool = True) -> Iterator[None]:
     """One writer of a folder at a time, where the file system has locks. A thread may lock what it has locked already.
 
-    The system drops the lock of a process that ends, however it ends.
+    The system drops the lock of a process that ends, however it ends, and whatever processes it has forked.
 
     Args:
-        path: a folder that exists.
+        path: the folder; made, with its parents, where it does not exist, and removed where it is still empty then.
         wait: for the one before; without, `FolderBusy` is raised.
     """
-    found = path.stat()
-    folders = _held.__dict__.setdefault("folders", set())
-    name = found.st_dev, found.st_ino
-    if fcntl is None or name in folders:
-        yield
-        return
-    folder = os.open(path, os.O_RDONLY)
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    key, folder = _key(path.stat()), None
+    if fcntl is not None and key not in _held:
+        folder = _locked(path, wait)
+        key = _key(os.fstat(folder))
+        _held[key] = folder
     try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            for empty in made:  # the innermost first
+                empty.rmdir()
+        if folder is not None and _held.pop(key, None) is not None:  # not in a process that was forked meanwhile
+            with contextlib.suppress(OSError):
+                fcntl.flock(folder, fcntl.LOCK_UN)  # also what a process that is being forked still holds
+            os.close(folder)
+
+
+def _key(found: os.stat_result) -> tuple[int, int, int]:
+    return found.st_dev, found.st_ino, threading.get_ident()
+
+
+def _locked(path: Path, wait: bool) -> int:
+    """Its descriptor; of the folder that is there once the lock is held, not of one removed while it was waited for."""
+    while True:
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            folder = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
         try:
             fcntl.flock(folder, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(folder)
             raise FolderBusy(f"{path}: another process is writing to it; try again when it has ended") from None
         except OSError:  # some network file systems have no locks
-            pass
-        folders.add(name)
-        yield
-    finally:
-        folders.discard(name)
+            return folder
+        except BaseException:  # Ctrl-C while it waits
+            os.close(folder)
+            raise
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(folder), path.stat()):
+                return folder
         os.close(folder)
+
+
+def _let_go() -> None:
+    """A forked process would keep its parent's locks beyond the parent's end."""
+    for folder in _held.values():
+        os.close(folder)
+    _held.clear()
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def _flush(file: BinaryIO) -> None:

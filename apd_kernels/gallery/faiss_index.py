@@ -102,14 +102,14 @@ def build(dim: int, factory: object, metric: str) -> Any:
     measure = faiss.METRIC_INNER_PRODUCT if metric in ("cosine", "dot") else faiss.METRIC_L2
     try:
         return faiss.index_factory(dim, factory, measure)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         raise ValueError(
             f"index: expected a factory string that FAISS can build for {dim} dimensions and {metric!r}, got "
             f"{factory!r}: {reason_of(error)}"
         ) from error
 
 
-def reason_of(error: RuntimeError) -> str:
+def reason_of(error: Exception) -> str:
     """FAISS's message without the place in its source."""
     return re.sub(r"^Error in .* at \S+:\d+: ", "", str(error).strip(), flags=re.DOTALL)
 
@@ -164,10 +164,7 @@ def search_parameters(index: Any, given: Mapping[str, int]) -> Any:
         if value < 1:
             raise ValueError(f"parameters[{name!r}]: expected at least 1, got {value}")
     known: list[str] = []
-    try:
-        made = _parameters(index, left, known)
-    except OverflowError as error:  # FAISS has int and size_t
-        raise ValueError(f"parameters: expected numbers that FAISS can hold, got {dict(given)}") from error
+    made = _parameters(index, left, known)
     if left:
         expected = " or ".join(map(repr, known)) or "none for this index"
         raise ValueError(f"parameters: expected {expected}, got {next(iter(left))!r}")
@@ -183,7 +180,8 @@ def _parameters(index: Any, left: dict[str, int], known: list[str]) -> Any:
 
     def taken(*names: str) -> dict[str, int]:
         known.extend(names)
-        return {name: int(left.pop(name)) for name in names if name in left}
+        most = max(1, int(index.ntotal), int(getattr(index, "nlist", 1)))  # HNSW takes memory for what it is asked for
+        return {name: min(int(left.pop(name)), most) for name in names if name in left}
 
     if isinstance(index, faiss.IndexPreTransform):
         inner = _parameters(index.index, left, known)
@@ -265,9 +263,14 @@ class ApproximateIndex:
         after = np.append(np.where(kept, np.cumsum(kept) - 1, -1), -1)  # the last for entries that are −1 already
         self._positions = after[self._positions]
 
+    @property
+    def removed(self) -> int:
+        """Entries that are of no row any more."""
+        return int((self._positions < 0).sum())
+
     def compact(self, rows: np.ndarray, share: float = 0.0) -> None:
         """Fill anew from the gallery's rows where more than `share` of the entries are of no row any more."""
-        if (self._positions < 0).sum() > share * self.entries:
+        if self.removed > share * self.entries:
             self._refill(rows)
 
     def search(self, queries: np.ndarray, candidates: int, parameters: Mapping[str, int]) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 from apd_kernels.gallery.atomic_folder import HashingWriter, load_folder, save_folder
 from apd_kernels.gallery.columns import Column, Columns
 from apd_kernels.gallery.faiss_index import build, flat_index, import_faiss
+from apd_kernels.gallery.rows import LARGEST_NORM
 
 FORMAT = "apd-kernels gallery"
 # 1: a flat index.faiss and arrays.npz, running numbers as keys. 2: any index, keys, arrays that can be mapped.
@@ -39,7 +40,10 @@ class Stored:
 
 
 def write_gallery(path: Path, about: dict[str, Any], indexes: dict[str, Any], zero: Column, columns: Columns) -> None:
+    """Nothing is written that `read_gallery` would refuse."""
     faiss = import_faiss()
+    if any(index.ntotal != len(columns) for index in indexes.values()) or not _fit(len(columns), columns, zero):
+        raise GalleryError(f"{path}: not saved: the gallery's index or columns do not fit each other")
 
     def index_writer(index: Any) -> Callable[[HashingWriter], None]:
         return lambda writer: faiss.write_index(index, faiss.PyCallbackIOWriter(writer.write))
@@ -98,20 +102,29 @@ def _stored(manifest: dict[str, Any], files: dict[str, Path], mmap: bool) -> Sto
     else:
         keys, ids, cams, zero = (array_of(name) for name in ("keys", "ids", "cams", "zero"))
         arrays = {name: array_of(f"metadata{i}") for i, name in enumerate(manifest["metadata"])}
-    fitting = all(values.shape == (count,) for values in (keys, ids, cams, *arrays.values()))
-    fitting &= keys.dtype == ids.dtype == cams.dtype == np.int64
-    fitting &= zero is None or (zero.shape == (count,) and zero.dtype == np.bool_)
     notes = manifest.get("notes", {})  # none in a gallery saved before there were notes
     fingerprint, largest = manifest.get("fingerprint"), manifest.get("largest_norm")
-    fitting &= isinstance(notes, dict) and isinstance(fingerprint, (str, type(None)))
-    fitting &= isinstance(largest, (float, type(None)))
-    next_key = manifest.get("next_key", count)
-    if not fitting or not isinstance(next_key, int):
+    if not isinstance(notes, dict) or not isinstance(fingerprint, (str, type(None))):
         return None
-    if len(np.unique(keys)) != count or (count and int(keys.min()) < 0) or next_key <= int(keys.max(initial=-1)):
+    if largest is not None and not (isinstance(largest, float) and 0 <= largest <= LARGEST_NORM):
         return None
     columns = Columns()
-    columns.keys, columns.ids, columns.cams = (Column(np.int64, values) for values in (keys, ids, cams))
+    columns.keys, columns.ids, columns.cams = (Column(values.dtype, values) for values in (keys, ids, cams))
     columns.metadata = {name: Column(values.dtype, values) for name, values in arrays.items()}
-    columns.next_key = next_key
+    columns.next_key = manifest.get("next_key", count)
+    if not _fit(count, columns, None if zero is None else Column(zero.dtype, zero)):
+        return None
     return Stored(dim, metric, kind, fingerprint, notes, rows, approximate, largest, zero, columns)
+
+
+def _fit(count: int, columns: Columns, zero: Column | None) -> bool:
+    """Whether they are the columns of so many rows, with keys that are each there once."""
+    numbers = (columns.keys, columns.ids, columns.cams)
+    every = (*numbers, *columns.metadata.values(), *([] if zero is None else [zero]))
+    if any(column.values().shape != (count,) for column in every):
+        return False
+    if any(column.dtype != np.int64 for column in numbers) or (zero is not None and zero.dtype != np.bool_):
+        return False
+    keys, next_key = columns.keys.values(), columns.next_key
+    once = len(np.unique(keys)) == count and int(keys.min(initial=0)) >= 0
+    return once and isinstance(next_key, int) and next_key > int(keys.max(initial=-1))

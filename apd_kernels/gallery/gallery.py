@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from apd_kernels._core.checks import check_choice, check_length, check_number
 from apd_kernels._core.operands import METRICS
 from apd_kernels.evaluation.neighbors import knn
 from apd_kernels.evaluation.retrieval_metrics import checked_unlabelled
-from apd_kernels.gallery.atomic_folder import check_replaceable
+from apd_kernels.gallery.atomic_folder import check_replaceable, exclusive
 from apd_kernels.gallery.columns import Columns, as_array, check_notes, integers, labels
 from apd_kernels.gallery.faiss_index import ApproximateIndex, import_faiss, search_device, search_parameters
 from apd_kernels.gallery.folder import FORMAT, GalleryError, Stored, read_gallery, write_gallery
@@ -71,8 +72,9 @@ class Gallery:
             code for it.
         TypeError, ValueError: an argument of the wrong type or choice, or a string that FAISS cannot build.
 
-    Threads may share a gallery: any number of them search while nobody writes, and a search sees all of a change or
-    nothing of it. Processes may share a folder: a save waits for another, and a load is never held up.
+    Threads may share a gallery. Any number of them search or save at once, changes take turns with them, and a search
+    sees all of a change or nothing of it. Processes may share a folder: a save waits for another, and a load is never
+    held up. Where several processes change one saved gallery, each does so within `Gallery.locked`.
 
     The dictionary `notes` is saved with the gallery: anything about the gallery as a whole that JSON can hold, such as
     the model that made its rows.
@@ -353,7 +355,6 @@ class Gallery:
         found = (np.where(missing, -1, column.values()[at] if len(self) else -1) for column in columns)
         return SearchResult(*map(torch.from_numpy, (distances, *found)))
 
-    @writes
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the gallery to a folder, or replace the gallery that the folder holds.
 
@@ -364,20 +365,38 @@ class Gallery:
         Args:
             path: the folder; made where it does not exist.
 
+        Threads may search meanwhile.
+
         Raises:
-            GalleryError: `path` is a file or a folder with other content.
+            GalleryError: `path` is a file or a folder with other content; or the gallery is one that `load` would
+                refuse, as after a change that was interrupted.
             OSError: the folder cannot be written.
             TypeError: `notes` holds something that JSON cannot give back.
             ValueError: after removals, FAISS cannot index the rows that are left (NSG: fewer than 101).
         """
         check_notes(self.notes)
+        while not self._save(Path(path)):
+            self._compact()
+
+    @reads
+    def _save(self, path: Path) -> bool:
+        """False where the index has entries of removed rows, which only a writer takes out of it."""
         indexes = {"index": self._rows.index}
         if self._approximate is not None:
-            self._approximate.compact(self._rows.matrix())
+            if self._approximate.removed:
+                return False
             indexes = {"index": self._approximate.index, "rows": self._rows.index}
+        if fault := self._rows.fault():
+            raise GalleryError(f"{path}: not saved: {fault}")
         about = {"dim": self.dim, "metric": self.metric, "index": self.index, "fingerprint": self.fingerprint}
         about |= {"notes": self.notes, "largest_norm": self._rows.largest_norm}
-        write_gallery(Path(path), about, indexes, self._rows.zero, self._columns)
+        write_gallery(path, about, indexes, self._rows.zero, self._columns)
+        return True
+
+    @writes
+    def _compact(self) -> None:
+        if self._approximate is not None:
+            self._approximate.compact(self._rows.matrix())
 
     @staticmethod
     def check_destination(path: str | os.PathLike[str]) -> None:
@@ -390,6 +409,23 @@ class Gallery:
             GalleryError: `path` is a file or a folder with other content.
         """
         check_replaceable(Path(path), FORMAT, GalleryError)
+
+    @staticmethod
+    def locked(path: str | os.PathLike[str]) -> AbstractContextManager[None]:
+        """One process at a time, between its load and its save: otherwise the later save undoes the other's change.
+
+        A process that ends lets go, however it ends. On some network file systems only those of one machine wait for
+        each other, or none.
+
+        Args:
+            path: the folder; made where it does not exist.
+
+        >>> with Gallery.locked("gallery"):  # doctest: +SKIP
+        ...     gallery = Gallery.load("gallery")
+        ...     gallery.add(features)
+        ...     gallery.save("gallery")
+        """
+        return exclusive(Path(path))
 
     @classmethod
     def load(
@@ -429,8 +465,8 @@ class Gallery:
             about = {"index": stored.index, "fingerprint": stored.fingerprint}
             gallery = cls(stored.dim, stored.metric, engine=engine, device=chosen, **about)  # type: ignore[arg-type]
             gallery._rows.adopt(stored.rows, mmap, stored.largest_norm, stored.zero)
-            if verify and not (gallery._rows.finite() and np.isfinite(gallery._rows.largest_norm)):
-                raise GalleryError(f"{path}: damaged: it holds rows that are not finite")
+            if verify and (fault := gallery._rows.fault()):
+                raise GalleryError(f"{path}: damaged: {fault}")
             if gallery._approximate is not None:
                 gallery._approximate.adopt(stored.approximate, mmap)
             gallery._columns, gallery.notes = stored.columns, stored.notes
@@ -517,3 +553,5 @@ def _check_positive(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
+    if value >= 2**31:  # FAISS counts in an int
+        raise ValueError(f"{name}: expected at most {2**31 - 1:,}, got {value:,}")

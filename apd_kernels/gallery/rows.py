@@ -6,6 +6,8 @@ for as long as rounding could hide a nearer row.
 
 from __future__ import annotations
 
+import threading
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +24,8 @@ from apd_kernels.gallery.faiss_index import GPU_LARGEST_K, flat_index, import_fa
 LARGEST_NORM = 1e18
 # FAISS computes the distances of selected rows one by one, of all rows in products, which are some times faster.
 SELECTED_SHARE = 0.5
+_BLOCK = 4096  # rows that are checked at once
+_gpu_searches = threading.Lock()  # FAISS on a GPU is not made for several threads, not even to search
 
 
 @dataclass
@@ -81,9 +85,19 @@ class GalleryRows:
         rows: np.ndarray = import_faiss().rev_swig_ptr(self.index.get_xb(), len(self) * self.dim)
         return rows.reshape(-1, self.dim)
 
-    def finite(self) -> bool:
-        """Whether all rows are: nothing else can have been added."""
-        return all(np.isfinite(part).all() for part in np.array_split(self.matrix(), 1 + len(self) // 65536))
+    def fault(self) -> str | None:
+        """What is wrong with rows that did not come by `add`, or with what is kept of them; None where nothing is."""
+        rows, zero, largest = self.matrix(), self.zero.values(), 0.0
+        for start in range(0, len(self), _BLOCK):
+            norms = norms_of(rows[start : start + _BLOCK])
+            if not np.isfinite(norms).all():
+                return "it holds rows that are not finite"
+            if not np.array_equal(norms == 0, zero[start : start + _BLOCK]):
+                return "its marks of rows of length 0 are not those of its rows"
+            largest = max(largest, float(norms.max()))
+        if not (1 - 1e-12) * largest <= self.largest_norm <= LARGEST_NORM:  # sums in another order differ by less
+            return f"its largest norm, {self.largest_norm}, is not that of its rows, {largest}"
+        return None
 
     def tensor(self) -> Tensor:
         """The same on `device`."""
@@ -165,7 +179,10 @@ class GalleryRows:
         return distances, positions
 
     def _all(self, queries: np.ndarray, candidates: int) -> tuple[np.ndarray, np.ndarray]:
-        found: tuple[np.ndarray, np.ndarray] = self._searcher(candidates).search(queries, candidates)
+        on_cpu = self.device.type == "cpu" or candidates > GPU_LARGEST_K
+        found: tuple[np.ndarray, np.ndarray]
+        with nullcontext() if on_cpu else _gpu_searches:
+            found = (self.index if on_cpu else self._on_gpu()).search(queries, candidates)
         return found
 
     def _selected(self, queries: np.ndarray, candidates: int, allowed: Filter) -> tuple[np.ndarray, np.ndarray]:
@@ -199,10 +216,8 @@ class GalleryRows:
             distances[self.zero.values()[positions]] = 1
         return distances
 
-    def _searcher(self, candidates: int) -> Any:
-        """The index to ask: on the GPU where it can give so many candidates."""
-        if self.device.type == "cpu" or candidates > GPU_LARGEST_K:
-            return self.index
+    def _on_gpu(self) -> Any:
+        """The index, copied there as far as it is not there yet."""
         if self._gpu_index is None:
             self._gpu_index = to_gpu(self.index, self.device.index or 0)
         elif self._gpu_index.ntotal < len(self):

@@ -12,12 +12,17 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 class Sharing:
-    """A lock that readers share; a waiting writer goes before readers that come after it."""
+    """A lock that readers share; a waiting writer goes before readers that come after it.
+
+    Readers who waited for a writer go before the next one: neither side can keep the other out.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition(threading.Lock())
         self._readers = self._waiting = 0
         self._writing = False
+        self._writes = 0  # that have ended
+        self._late = self._due = 0  # readers who wait: for a writer to come, and for nobody but their own waking up
 
     def __reduce__(self) -> tuple[type[Sharing], tuple[()]]:
         return Sharing, ()  # a copy of a gallery is nobody's yet
@@ -25,7 +30,8 @@ class Sharing:
     @contextmanager
     def reading(self) -> Iterator[None]:
         with self._changed:
-            self._changed.wait_for(lambda: not self._writing and not self._waiting)
+            if self._writing or self._waiting:
+                self._wait_for_a_write()
             self._readers += 1
         try:
             yield
@@ -34,12 +40,24 @@ class Sharing:
                 self._readers -= 1
                 self._changed.notify_all()
 
+    def _wait_for_a_write(self) -> None:
+        before = self._writes
+        self._late += 1
+        try:
+            self._changed.wait_for(lambda: not self._writing and (self._writes > before or not self._waiting))
+        finally:
+            if self._writes > before:
+                self._due -= 1
+            else:
+                self._late -= 1
+            self._changed.notify_all()
+
     @contextmanager
     def writing(self) -> Iterator[None]:
         with self._changed:
             self._waiting += 1
             try:
-                self._changed.wait_for(lambda: not self._writing and not self._readers)
+                self._changed.wait_for(lambda: not (self._writing or self._readers or self._due))
                 self._writing = True
             finally:
                 self._waiting -= 1
@@ -49,6 +67,8 @@ class Sharing:
         finally:
             with self._changed:
                 self._writing = False
+                self._writes += 1
+                self._due, self._late = self._late, 0
                 self._changed.notify_all()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,12 +37,15 @@ from apd.data.datasets.matlab import read_variable
 from apd.data.images import load_image, within
 from apd.data.market import read_market
 from apd.errors import DataWarning, InputError
-from apd.files import check_destination, misfit, printable, replacing, write_text
+from apd.files import check_destination, misfit, only_writer, printable, replacing, write_text
 from apd.retrieval import ranked_lists
 from apd.retrieval.features import load_features, map_array
 from apd.run import read_info
 from apd.training.log import read_metrics
 from apd_kernels import GalleryError
+
+if os.name == "posix":
+    import fcntl
 
 posix = pytest.mark.skipif(os.name != "posix", reason="pipes, modes and links of POSIX")
 
@@ -129,22 +134,77 @@ def test_the_longest_name_of_a_file(tmp_path: Path) -> None:
 
 @posix
 def test_drafts_of_killed_processes_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once in a process; not the draft of one that is still writing, nor a file with another name."""
-    old, other, young = (tmp_path / name for name in (".a.npz.0123abcd.tmp", ".notes.tmp", ".0123456789abcdef.tmp"))
-    for path in (old, other, young):
+    """At once; not the draft of one that is still writing, nor a file of somebody else."""
+    others = [tmp_path / name for name in (".notes.tmp", ".0123456789abcdef.tmp")]
+    for path in others:
         path.write_bytes(b"half")
-    long_ago = time.time() - 3600
-    for path in (old, other):
-        os.utime(path, (long_ago, long_ago))
-    monkeypatch.setattr(files, "_swept", set())
+    read, write = os.pipe()
+    killed = os.fork()
+    if not killed:
+        with replacing(tmp_path / "never") as file:
+            file.write(b"half")
+            os.write(write, b"x")
+            time.sleep(10)
+            os._exit(0)
+    os.read(read, 1)
+    os.close(read)
+    os.close(write)
     with replacing(tmp_path / "living") as file:
         file.write(b"x")
-        (draft,) = (path for path in tmp_path.iterdir() if path.name.startswith(".") and path not in (other, young))
-        os.utime(draft, (long_ago, long_ago))
         monkeypatch.setattr(files, "_swept", set())
-        write_text(tmp_path / "b", "b")
-        assert draft.exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["b", "living", other.name, young.name])
+        write_text(tmp_path / "a", "a")
+        assert len(list(tmp_path.glob(".apd-*"))) == 2
+        os.kill(killed, signal.SIGKILL)
+        os.waitpid(killed, 0)
+        monkeypatch.setattr(files, "_swept", set())
+        write_text(tmp_path / "a", "a")
+        assert len(list(tmp_path.glob(".apd-*"))) == 1
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a", tmp_path / "living", *others])
+
+
+@posix
+@pytest.mark.parametrize("moment", ["listed", "made", "finished"])
+def test_two_processes_write_and_sweep_a_folder(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts come and go in the middle of the other's sweep, and a sweep comes in the middle of any writing."""
+    lock, replace, swept = fcntl.flock, os.replace, []
+
+    def sweep() -> None:
+        if not swept:
+            swept.append(moment)
+            monkeypatch.setattr(files, "_swept", set())
+            files._sweep(tmp_path)
+
+    def locked(file: Any, how: int) -> None:
+        if moment == "made" and not how & fcntl.LOCK_NB:
+            sweep()
+        lock(file, how)
+
+    def replaced(draft: Path, path: Path) -> None:
+        if moment == "finished":
+            sweep()
+        replace(draft, path)
+
+    if moment == "listed":
+        monkeypatch.setattr(Path, "iterdir", lambda self: iter([self / ".apd-0123456789abcdef.tmp"]))
+        swept.append(moment)
+    monkeypatch.setattr(files.fcntl, "flock", locked)
+    monkeypatch.setattr(files.os, "replace", replaced)
+    write_text(tmp_path / "a", "a")
+    assert swept == [moment]
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@posix
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(file: Any, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    draft = tmp_path / ".apd-0123456789abcdef.tmp"  # somebody may be writing it
+    draft.write_bytes(b"half")
+    with only_writer(tmp_path):
+        write_text(tmp_path / "a", "a")
+    assert sorted(os.listdir(tmp_path)) == [draft.name, "a"]
 
 
 # reading

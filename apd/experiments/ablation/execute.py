@@ -19,6 +19,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from apd.data.market import read_market
 from apd.errors import DataWarning, InputError
 from apd.experiments.ablation.plan import Bracket, Plan, Row
 from apd.experiments.ablation.results import ResultFile
-from apd.files import only_writer, write_bytes
+from apd.files import write_bytes
 from apd.retrieval.extraction import load_extractor
 from apd.retrieval.features import FeatureSet, load_features
 from apd.retrieval.targets import Target, Tested, load_target, save_queries
@@ -44,6 +45,7 @@ from apd_kernels._core.processes import python
 
 RESULTS, TABLE, LOG = "results.jsonl", "results.md", "ablation.log"
 _WORKER = "from apd.experiments.ablation.worker import main; main(*sys.argv[1:])"
+_PATIENCE = 20.0  # seconds for a training to end with a checkpoint
 _STAGE1 = ("seed", "data.height", "data.width")  # with all of mpg: what decides a generator
 
 
@@ -124,10 +126,6 @@ class Ablation:
         Returns:
             what went wrong, by the name of the run; the others went on.
         """
-        with only_writer(self.output):
-            return self._execute(at_once, train)
-
-    def _execute(self, at_once: int, train: bool) -> dict[str, str]:
         for target in self.targets.values():
             (self.output / "splits").mkdir(parents=True, exist_ok=True)
             target.write(self.output / "splits" / f"{target.name}.json")
@@ -147,6 +145,10 @@ class Ablation:
         finally:
             self._stopped.set()
             for process in list(self._processes):
+                process.terminate()  # with a checkpoint
+            for process in list(self._processes):
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_PATIENCE)
                 process.kill()
             pool.shutdown(cancel_futures=True)
 

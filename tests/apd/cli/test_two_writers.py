@@ -36,6 +36,25 @@ def test_a_failed_index_leaves_no_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "gallery").exists()
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("train", "--data", "absent"),
+        ("synthesize", "--checkpoint", "absent", "--data", "absent"),
+        ("demo",),
+        ("ablate", "ablation-cpu", "--data", "absent", "--target", "absent"),
+        ("protocol", "run", "P1"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_before_any_work(command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even what is to be read is looked for."""
+    monkeypatch.setattr("apd.experiments.protocols.locate", lambda *arguments: {})
+    with held(tmp_path):
+        assert f"{tmp_path}: {BUSY}" in error(*command, "--output", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_resume(tmp_path: Path) -> None:
     data = draw_training_set(tmp_path / "data")
     values = [*TINY, "perturbation=none", "model.ssd=none", "train.steps=1"]

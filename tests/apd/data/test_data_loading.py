@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice, pairwise
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from apd.data import loading
 from apd.data.augmentation import Augmentation, ShiftedCrop, training_transform
 from apd.data.images import ImageStore
 from apd.data.loading import device_batches, images_in_order, training_batches
@@ -218,13 +223,51 @@ def test_workers_change_nothing(paths: list[Path], cache: bool) -> None:
     _assert_equal(_batches(store, workers=2), _batches(store))
 
 
+def _threads(image: Tensor) -> Tensor:
+    return torch.tensor(torch.get_num_threads())
+
+
+def _parent(image: Tensor) -> Tensor:
+    return torch.tensor(os.getppid())
+
+
+def test_workers_are_not_forked_from_a_process_with_threads(store: ImageStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose locks they would wait for; and there are no more of them than make sense."""
+    order = {"seed": 0, "start": 0, "stop": 1}
+    sampler = PKSampler(LABELS, 12, 4, seed=0)
+    (batch,) = training_batches(store, sampler, _parent, workers=1, **order)
+    server = int(batch.images[0])
+    assert server != os.getpid()
+    os.kill(server, signal.SIGTERM)  # as Slurm does, while one more batch is needed
+    (batch,) = training_batches(store, sampler, _parent, workers=1, **order)
+    assert set(batch.images.tolist()) == {server}
+
+    asked: list[int] = []
+    monkeypatch.setattr(loading.os, "cpu_count", lambda: None)
+    monkeypatch.setattr(loading, "DataLoader", lambda *args, **kw: asked.append(kw["num_workers"]) or [])
+    assert list(training_batches(store, sampler, _parent, workers=10**9, **order)) == []
+    assert asked == [8]
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory that is a file without a name")
+def test_workers_share_the_images_that_are_kept(store: ImageStore) -> None:
+    """Neither copied for each, nor in /dev/shm, of which containers have 64 MB."""
+    sent = ForkingPickler.dumps(store)
+    assert len(sent) < store.bytes / 4
+    received = pickle.loads(sent)
+    assert torch.equal(received.all(), store.all())
+    store.all()[3] = 7
+    assert (received[3] == 7).all()
+    assert not store.all().is_shared()
+
+
 def test_workers_take_one_thread_each(store: ImageStore) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
         order = {"seed": 0, "start": 0, "stop": 2, "workers": 2}
         sampler = PKSampler(LABELS, 12, 4, seed=0)
-        batches = list(training_batches(store, sampler, lambda image: torch.tensor(torch.get_num_threads()), **order))
+        batches = list(training_batches(store, sampler, _threads, **order))
     finally:
         torch.set_num_threads(threads)
     assert [batch.images.tolist() for batch in batches] == [[1] * 12] * 2

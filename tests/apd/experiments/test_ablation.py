@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -336,6 +337,34 @@ def test_trainings_share_the_threads(place: Path, monkeypatch: pytest.MonkeyPatc
         assert "baseline/0: training, 2 threads" in printed
     assert given == ["2", "2"]
     assert Run(place / "threads/runs/baseline/0").info()["threads"] == 2
+
+
+def test_a_signal_ends_the_trainings_with_a_checkpoint(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are asked to end, not killed, and waited for. Nothing is trained here."""
+    asked: list[str] = []
+    ended = threading.Event()
+
+    class Process:
+        def __init__(self, command: list[str], **_: object) -> None: ...
+
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is None:
+                os.kill(os.getpid(), signal.SIGTERM)
+                ended.wait(10)
+            asked.append("waited for")
+            return 1
+
+        def terminate(self) -> None:
+            asked.append("terminated")
+            threading.Timer(0.2, ended.set).start()
+
+        def kill(self) -> None:
+            asked.append("killed")
+
+    monkeypatch.setattr(execute, "subprocess", SimpleNamespace(Popen=Process, PIPE=-1, TimeoutExpired=TimeoutError))
+    printed = run(*command(place, file="threads.yaml", output="asked"), code=143)
+    assert printed.splitlines()[-1] == "interrupted; go on with: the same command"
+    assert asked[:2] == ["terminated", "waited for"]
 
 
 def test_a_run_of_another_configuration_is_refused(whole: str, place: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -32,6 +33,7 @@ from apd.config.values import Config, TrainConfig
 from apd.data.market import Sample, read_market
 from apd.data.sampler import PKSampler
 from apd.errors import DataWarning, InputError
+from apd.files import write_bytes
 from apd.run import Run, update_info
 from apd.training.checkpoint import load_checkpoint, save_checkpoint
 from apd.training.engine import LossGuard
@@ -142,12 +144,12 @@ def test_killed_run_goes_on_to_the_same_bits(tmp_path: Path, whole: Run, data: P
     _same_results(path, whole.path)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-@pytest.mark.parametrize("stage", ["mpg", "sp"])
+@pytest.mark.parametrize("workers", [0, 1], ids=["alone", "worker"])
+@pytest.mark.parametrize(("stage", "signum"), [("mpg", signal.SIGINT), ("sp", signal.SIGTERM)])
 def test_a_signal_ends_a_training_with_a_checkpoint(
-    tmp_path: Path, whole: Run, data: Path, stage: str, signum: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, whole: Run, data: Path, stage: str, signum: int, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the next step, and the rest goes on to the same bits."""
+    """At the next step, and the rest goes on to the same bits. Slurm sends a signal to every process."""
     from apd.training import mpg, sp
 
     module = {"mpg": mpg, "sp": sp}[stage]
@@ -156,11 +158,14 @@ def test_a_signal_ends_a_training_with_a_checkpoint(
     def watch(self: Any, step: int, *rest: Any) -> None:
         steps.append(step)
         if step == 2:
-            os.kill(os.getpid(), signum)
+            assert len(multiprocessing.active_children()) == workers
+            for process in (*multiprocessing.active_children(), multiprocessing.current_process()):
+                os.kill(process.pid or 0, signum)
+            time.sleep(0.5 * workers)  # a worker that ended would end the training
         guard(self, step, *rest)
 
     path = tmp_path / "run"
-    start_run(path, whole.config, [data])
+    start_run(path, replace(whole.config, data=replace(whole.config.data, workers=workers)), [data])
     shutil.copytree(whole.path / "baseline", path / "baseline")
     if stage == "sp":
         for name in ("generator.safetensors", "run.json", "metrics.csv"):
@@ -172,6 +177,29 @@ def test_a_signal_ends_a_training_with_a_checkpoint(
     assert f"interrupted at step 2; go on with: apd train --resume {path}" in message
     assert (path / "last" / f"{stage}-00000002.pt").is_file()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    train_run(Run(path), "cpu")
+    _same_results(path, whole.path)
+
+
+def test_a_signal_between_the_stages(tmp_path: Path, whole: Run, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ends the training at once, in the middle of the images that it writes."""
+    from apd.training import synthesis
+
+    def written(path: Path, content: bytes) -> None:
+        write_bytes(path, content)
+        if len(list(path.parent.iterdir())) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    path = tmp_path / "run"
+    start_run(path, whole.config, [data])
+    shutil.copytree(whole.path / "baseline", path / "baseline")
+    for name in ("generator.safetensors", "run.json", "metrics.csv"):
+        shutil.copy(whole.path / name, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(synthesis, "write_bytes", written)
+        message = run("train", "--resume", path, "--device", "cpu", code=143).splitlines()[-1]
+    assert message == f"interrupted; go on with: apd train --resume {path}"
+    assert len(list(path.glob("synthesized/*/bounding_box_train/*"))) == 5
     train_run(Run(path), "cpu")
     _same_results(path, whole.path)
 
@@ -314,18 +342,6 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path) 
     with pytest.warns(DataWarning), pytest.raises(InputError, match="all checkpoints of stage sp are damaged"):
         load_checkpoint(tmp_path, "sp")
     assert load_checkpoint(tmp_path, "none") is None
-
-
-def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
-    """By a later checkpoint; a file of a large network is hundreds of megabytes."""
-    half = tmp_path / "last" / ".sp-00000003.pt.0a1b2c3d.tmp"
-    half.parent.mkdir()
-    half.write_bytes(b"half")
-    save_checkpoint(tmp_path, "sp", 4, {})
-    assert half.exists()  # so young that somebody may just have begun to write it
-    os.utime(half, (0, 0))
-    save_checkpoint(tmp_path, "sp", 5, {})
-    assert sorted(path.name for path in half.parent.iterdir()) == ["sp-00000004.pt", "sp-00000005.pt"]
 
 
 def test_two_newest_checkpoints_are_kept(tmp_path: Path) -> None:

@@ -292,6 +292,7 @@ def test_metadata() -> None:
             "exclude_same: expected a gallery with ids; its rows were added without",
         ),
         (lambda g: Gallery(0), ValueError, "dim: expected at least 1, got 0"),
+        (lambda g: Gallery(1 << 31), ValueError, "dim: expected at most 2,147,483,647, got 2,147,483,648"),
         (lambda g: Gallery(8, "l2"), ValueError, "metric: expected 'euclidean' or 'sqeuclidean' or 'cosine' or 'dot'"),
         (lambda g: Gallery(8, device="mps"), ValueError, "device: expected 'cpu' or 'cuda', got 'mps'"),
         (

@@ -306,13 +306,14 @@ def test_an_index_that_takes_no_few_rows() -> None:
 
 
 def test_parameters_matter() -> None:
+    """However large, they mean all that there is: HNSW would take 6 GB and minutes for 10⁹."""
     queries = _rows(60, seed=1)
     _, expected = _exact(_rows(N), queries, "cosine")
     for index, name in (("IVF20,Flat", "nprobe"), ("HNSW8", "efSearch"), ("PCA16,IVF20,Flat", "nprobe")):
         gallery = _gallery(index)
         little, much = (
             _recall(gallery.search(queries, 10, parameters={name: value}).indices, expected[:, :10])
-            for value in (1, 20 if name == "nprobe" else 400)
+            for value in (1, 1 << 64)
         )
         assert much > 0.99
         assert little < much
@@ -337,11 +338,6 @@ def test_parameters_matter() -> None:
             "device: expected a GPU that PyTorch can use",
         ),
         (lambda g: Gallery(D, fingerprint=5), TypeError, "fingerprint: expected a string, got int"),
-        (
-            lambda g: g.search(_rows(2), 1, parameters={"nprobe": 1 << 64}),
-            ValueError,
-            "parameters: expected numbers that FAISS can hold, got {'nprobe': 18446744073709551616}",
-        ),
         (
             lambda g: g.search(_rows(2), 1, parameters={"efSearch": 3}),
             ValueError,
