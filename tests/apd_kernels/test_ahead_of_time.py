@@ -1,8 +1,8 @@
 """Tier 3: the production launches compile for GPUs that are not there and stay inside their budgets.
 
 Every launch is compiled for sm_90. For the others the default run compiles each kernel once with each of its tiles, and
-`make test-long` every launch; and for sm_90, variants with other masks, metrics and dtypes. What a launch compiles to does not
-change between runs, and a kernel's variants differ in their epilogues.
+`make test-long` every launch; and for sm_90, variants with other masks, metrics and dtypes. What a launch compiles to
+does not change between runs, and a kernel's variants differ in their epilogues.
 """
 
 from __future__ import annotations
