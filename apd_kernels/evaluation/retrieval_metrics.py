@@ -358,11 +358,12 @@ def expected_summary(
     nearest = torch.searchsorted(of_group, starts[1:] - 1, right=True) - 1
     worst = _expected_inverse_of_last(a[farthest], b[farthest], (hits + nearer)[farthest])
     cmc, missed = worst.new_empty(max_rank), torch.ones_like(worst)
+    in_order = query_rows.cpu().argsort()  # of the queries as they were given, so that no bit depends on their names
     for k in range(max_rank):
         passed = k - nearer[nearest]  # images of the nearest group that came before
         share = (b[nearest] - passed) / (a[nearest] + b[nearest] - passed).clamp(min=1)
         missed *= torch.where(passed >= 0, share.clamp(0, 1), 1)
-        cmc[k] = 1 - missed.mean()
+        cmc[k] = 1 - missed[in_order].mean()
     # Of a + b images in random order the first of the a is at place (a + b + 1)/(a + 1) on average.
     first = nearer[nearest] + 1 + b[nearest] / (a[nearest] + 1)
     return _metrics(cmc, each, positives * worst, first, query_rows, queries, device)
@@ -416,7 +417,7 @@ def _metrics(
     return RankMetrics(
         cmc=cmc.to(device),
         mAP=float(of_queries[0, valid].mean()),
-        mINP=float(inp.mean()),
+        mINP=float(of_queries[1, valid].mean()),
         ap=average,
         valid=valid.to(device),
         inp=inverse,

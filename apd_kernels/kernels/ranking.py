@@ -44,8 +44,8 @@ def _similarity(
     columns = column + tl.arange(0, BN)
     s = split_product(q, g, row, column, Q - 1, G - 1, D, one, FORM, TMA, SEPARATE, BM, BN, BK)
     if FORM == "split":
-        x = tl.load(q_root + rows, mask=rows < Q, other=1.0)
-        y = tl.load(g_root + columns, mask=columns < G, other=1.0)
+        x = tl.load(q_root + rows, mask=rows < Q, other=0.0)
+        y = tl.load(g_root + columns, mask=columns < G, other=0.0)
         s = unscaled(s, x, y)
     if half is not None:
         s -= tl.load(half + columns, mask=columns < G, other=0.0)[None, :]

@@ -360,7 +360,7 @@ _WRONG: list[tuple[str, type[Exception], str, dict[str, Any]]] = [
     ("query_cams", ValueError, r"expected shape \(4,\)", {"query_cams": _IDS[1:], "gallery_cams": _IDS}),
     ("metric", ValueError, "expected 'euclidean' or", {"metric": "l2"}),
     ("ap", ValueError, "expected 'rectangular' or 'trapezoidal'", {"ap": "interpolated"}),
-    ("max_rank", ValueError, "expected at least 1, got 0", {"max_rank": 0}),
+    ("max_rank", ValueError, "expected from 1 to", {"max_rank": 0}),
     ("max_rank", TypeError, "expected an int, got float", {"max_rank": 5.0}),
     ("precision", ValueError, "expected 'fp32'", {"precision": "fp8"}),
 ]

@@ -84,27 +84,16 @@ def test_lists_follow_the_figures(rule: dict[str, Any], backend: Backend) -> Non
     assert torch.equal(right, result.first_rank == 1)
 
 
-def test_a_gallery_and_the_figures_agree() -> None:
-    pytest.importorskip("faiss")
-    x, y, *_ = case()
-    nobody, nowhere = torch.arange(25) % 5, torch.full((25,), -1)
-    ids, cams = torch.arange(60) % 5, torch.where(torch.arange(60) % 3 == 0, 2, -1)
-    gallery = Gallery(6, "euclidean", device="cpu")
-    gallery.add(y, ids, cams)
-    first = gallery.search(x, 1, exclude_same=(nobody, nowhere))
-    result = rank_metrics(x, y, nobody, ids, nowhere, cams, metric="euclidean", ties="optimistic")
-    assert result.valid.all()
-    assert torch.equal(first.distances[:, 0], knn(x, y, 1, metric="euclidean").distances[:, 0])
-
-
 @pytest.mark.parametrize(("name", "value"), [("junk", "x"), ("junk", True), ("unknown_camera", 0.5)])
 def test_wrong_rules(name: str, value: object) -> None:
+    pytest.importorskip("faiss")
     x, y, *labels = case()
     options: dict[str, Any] = {name: value}
     for call in (
         lambda: rank_metrics(x, y, *labels, **options),
         lambda: rank_metrics_from_distances(distances(x, y, "dot"), *labels, **options),
         lambda: knn(x, y, 1, exclude_same=tuple(labels), **options),
+        lambda: Gallery(6).search(x, 1, **options),
     ):
         with pytest.raises(TypeError, match=rf"^{name}: expected an int or None, got {type(value).__name__}$"):
             call()
