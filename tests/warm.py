@@ -15,8 +15,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["apd.training.train"])
+START = "forkserver"
+_context = multiprocessing.get_context(START)
+_context.set_forkserver_preload(["apd_kernels", "apd.training.train"])  # what is not installed is left out
 
 
 class Popen:
