@@ -29,6 +29,7 @@ def mend() -> None:
     interpreter.TritonSemantic.binary_op_sanitize_overflow_impl = _check_overflow
     if hasattr(interpreter, "_LangPatchScope"):
         interpreter._patch_lang = _patched_once(interpreter._patch_lang, interpreter._LangPatchScope)
+        interpreter._patch_attr = _call_straight(interpreter.interpreter_semantic)
     _keep_types(tl, interpreter.TritonSemantic)
 
     cast = InterpreterBuilder.cast_impl
@@ -74,7 +75,6 @@ def _keep_types(tl: Any, semantic: type) -> None:
     make_block, make_tensor = core.block_type.__init__, core.tensor.__init__
     equal, broadcast = core.dtype.__eq__, semantic.broadcast_impl_value
     blocks: dict[Any, dict[str, Any]] = {}
-    shapes: dict[Any, dict[str, Any]] = {}
 
     def block_type(self: Any, element_ty: Any, shape: Any) -> None:
         sizes = tuple(size.value if isinstance(size, core.constexpr) else size for size in shape)
@@ -90,12 +90,16 @@ def _keep_types(tl: Any, semantic: type) -> None:
             self.of_elements[kind] = core.block_type(element_ty, self.shape)
         return self.of_elements[kind]
 
+    shapes: dict[Any, tuple[Any, Any]] = {}
+
     def tensor(self: Any, handle: Any, type: Any) -> None:
-        sizes = tuple(type.shape) if type.is_block() else ()
-        if sizes not in shapes:
+        found = vars(type).get("of_tensor")
+        if found is None:
             make_tensor(self, handle, type)
-            shapes[sizes] = {"shape": self.shape, "numel": self.numel}
-        vars(self).update(shapes[sizes], handle=handle, type=type, dtype=type.scalar)
+            sizes = tuple(type.shape) if type.is_block() else ()
+            found = type.of_tensor = *shapes.setdefault(sizes, (self.shape, self.numel)), self.dtype
+        self.handle, self.type = handle, type
+        self.shape, self.numel, self.dtype = found
 
     def broadcast_impl_value(self: Any, lhs: Any, rhs: Any) -> Any:
         return (lhs, rhs) if lhs.shape is rhs.shape else broadcast(self, lhs, rhs)
@@ -107,6 +111,7 @@ def _keep_types(tl: Any, semantic: type) -> None:
     core.dtype.__eq__ = lambda self, other: self is other or equal(self, other)
     semantic.broadcast_impl_value = broadcast_impl_value
     semantic.computation_type_impl = functools.cache(semantic.computation_type_impl)
+    semantic.scalar_constant = functools.lru_cache(4096, typed=True)(semantic.scalar_constant)
     # A tuple's type is asked for when it is an argument or a result, not for every shape.
     core.tuple.type = late = functools.cached_property(lambda self: core._type_for_tuple_values(self.values))
     late.__set_name__(core.tuple, "type")
@@ -117,6 +122,20 @@ def _keep_types(tl: Any, semantic: type) -> None:
             self.type = type if isinstance(type, core.tuple_type) else core.tuple_type(type)
 
     core.tuple.__init__ = tuple_of
+
+
+def _call_straight(semantic: Any) -> Callable[..., None]:
+    """What a kernel calls of ``triton.language`` leads to the function itself, without two more calls around it."""
+
+    def patch(module: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+        function = getattr(member, "__wrapped__", member)
+
+        def straight(*arguments: Any, _semantic: Any = None, **options: Any) -> Any:
+            return function(*arguments, **options, _semantic=semantic)
+
+        scope.set_attr(module, name, straight)
+
+    return patch
 
 
 def _patched_once(patch: Callable[[Any], Any], scope: type) -> Callable[[Any], Any]:

@@ -16,8 +16,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["apd.training.train", "apd.data.worker_server"])
+START = "forkserver"
+_context = multiprocessing.get_context(START)
+# What is not installed is left out.
+_context.set_forkserver_preload(["apd_kernels", "apd.training.train", "apd.data.worker_server"])
 forkserver.ensure_running()  # before a loader of images starts one without these imports
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+import warm
 from oracle import assert_close, features
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -210,7 +211,8 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder: Path = tmp_path_factory.mktemp("ranks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        torch.multiprocessing.spawn(work, (request.param, str(folder)), nprocs=request.param)
+        arguments = request.param, str(folder)
+        torch.multiprocessing.start_processes(work, arguments, nprocs=request.param, start_method=warm.START)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
 
 
