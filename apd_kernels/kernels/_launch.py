@@ -31,6 +31,11 @@ class Launch:
     arguments: tuple[Any, ...]
     options: dict[str, Any]
 
+    @property
+    def name(self) -> str:
+        """The kernel's; of a walk over pairs (see _pairs.py) that of its reduction."""
+        return str(getattr(self.options.get("REDUCTION", self.kernel), "name", None) or self.kernel.__name__)
+
 
 @dataclass
 class _Recording:

@@ -11,6 +11,8 @@ Both losses are the mean of the terms, summed by one program per set in a fixed 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -195,7 +197,8 @@ def contrastive_loss(
         loss = torch.zeros(x.shape[:-2], dtype=torch.float32, device=x.device)
         return loss, torch.ones_like(loss), for_x, for_y
     loss, share = (torch.empty(x.shape[:-2], dtype=torch.float32, device=x.device) for _ in range(2))
-    tensors, constants = pairing_arguments(pairing)
+    tensors, rules = pairing_arguments(pairing)
+    constants: dict[str, Any] = dict(zip(("SELF", "POSITIVES", "NEGATIVES"), rules, strict=True))
     constants.update(CIRCLE=form == "circle", PRECISION=dot_precision(a, precision))
     BM, BN, BK = 64, 32, 32
     row_tiles = triton.cdiv(n, BM)

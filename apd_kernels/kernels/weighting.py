@@ -8,6 +8,8 @@ d_p,i = Σ_p softmax_p(d_ip) d_ip,   d_n,i = Σ_n softmax_n(−d_in) d_in
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -166,7 +168,8 @@ def weighted_pairs(
     if m == 0:
         missing = torch.full_like(positive, -float("inf"))
         return torch.zeros_like(positive), torch.zeros_like(positive), missing, missing.clone()
-    tensors, constants = pairing_arguments(pairing)
+    tensors, rules = pairing_arguments(pairing)
+    constants: dict[str, Any] = dict(zip(("SELF", "POSITIVES", "NEGATIVES"), rules, strict=True))
     BM, BN, BK = 64, 32, 32
     row_tiles = triton.cdiv(n, BM)
     splits, tiles_per_split = column_splits(row_tiles, triton.cdiv(m, BN), sets)
@@ -208,7 +211,8 @@ def weighted_pairs_backward(
     m = b.shape[1]
     for_x = torch.zeros(x.shape if needs_x else 0, dtype=torch.float32, device=x.device)
     for_y = torch.zeros(0 if y is None or not needs_y else y.shape, dtype=torch.float32, device=x.device)
-    tensors, constants = pairing_arguments(pairing)
+    tensors, rules = pairing_arguments(pairing)
+    constants: dict[str, Any] = dict(zip(("SELF", "POSITIVES", "NEGATIVES"), rules, strict=True))
     saved = [value.contiguous() for value in (for_positive, for_negative, positive, negative)]
     BM, BN, BK = 64, 64, 32
     for block, weights in weight_blocks(n, m, sets, x.device) if m else ():
