@@ -34,7 +34,8 @@ class Launch:
     @property
     def name(self) -> str:
         """The kernel's; of a walk over pairs (see _pairs.py) that of its reduction."""
-        return str(getattr(self.options.get("REDUCTION", self.kernel), "name", None) or self.kernel.__name__)
+        reduction, name = self.options.get("REDUCTION"), str(self.kernel.__name__)
+        return name if reduction is None else str(reduction.name_of(name))
 
 
 @dataclass

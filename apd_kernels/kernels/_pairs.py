@@ -33,15 +33,18 @@ import functools
 import hashlib
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from apd_kernels._core.operands import Operands
-from apd_kernels.kernels._launch import row_stride
-from apd_kernels.kernels._pairing import anchor_values, pair_masks
+from apd_kernels._core.pairing import Pairing
+from apd_kernels.kernels._launch import launch, row_stride
+from apd_kernels.kernels._weighted_rows import add_weighted_rows, weight_blocks
+from apd_kernels.kernels._pairing import anchor_values, pair_masks, pairing_arguments
 from apd_kernels.kernels._split import column_key, in_units_of, split_product, unscaled
-from apd_kernels.kernels._tiles import MAX_SPLITS, per_difference, product
+from apd_kernels.kernels._tiles import MAX_SPLITS, nan_as, per_difference, product
 from apd_kernels.kernels.prepared import tiles_of
 
 
@@ -61,12 +64,23 @@ class Reduction:
         sources = (f"{name} {getattr(function, 'cache_key', '')}" for name, function in self._functions.items())
         return hashlib.sha256(" ".join((self.name, str(self.of_loss), *sources)).encode()).hexdigest()
 
+    def name_of(self, walk: str) -> str:
+        return self.name + {"merge_splits": "_merge", "weigh_tiles": "_weights"}.get(walk, "")
+
     def __repr__(self) -> str:
         return f"Reduction({self.name} {self.cache_key})"
 
 
 def _name(specialization: Any) -> str:
-    return str(specialization.constants["REDUCTION"].name)
+    return str(specialization.constants["REDUCTION"].name_of(""))
+
+
+def _merge_name(specialization: Any) -> str:
+    return str(specialization.constants["REDUCTION"].name_of("merge_splits"))
+
+
+def _weights_name(specialization: Any) -> str:
+    return str(specialization.constants["REDUCTION"].name_of("weigh_tiles"))
 
 
 @triton.jit
@@ -104,6 +118,30 @@ def distance_tile(acc, xx, yy, METRIC: tl.constexpr):
     else:
         d = -acc
     return d
+
+
+@triton.jit
+def exponentials(logits, mask):
+    """Of each row under the mask: the largest logit, −inf for none; exponentials less it; their total."""
+    infinity: tl.constexpr = float("inf")
+    largest = tl.max(tl.where(mask, nan_as(logits, -infinity), -infinity), 1)
+    shift = tl.where(largest == -infinity, 0.0, largest)
+    e = tl.exp(tl.where(mask, logits - shift[:, None], -infinity))
+    return largest, e, tl.sum(e, 1)
+
+
+@triton.jit
+def shared_scale(largest, other):
+    """The larger one, and the factors that bring totals of exponentials less either to it."""
+    larger = tl.maximum(largest, other)
+    shift = tl.where(larger == -float("inf"), 0.0, larger)  # as long as there is nothing
+    return larger, tl.exp(largest - shift), tl.exp(other - shift)
+
+
+@triton.jit
+def log_sum_exp(largest, total):
+    """−inf for a total of 0."""
+    return tl.where(total == 0, -float("inf"), largest + tl.log(tl.where(total == 0, 1.0, total)))
 
 
 @triton.jit
@@ -204,9 +242,9 @@ def reduce_rows(
         REDUCTION.store(state, out, s, sets, rows, row_mask, N, split, splits)
 
 
-@triton.jit(do_not_specialize=["N", "splits"], repr=_name)
+@triton.jit(do_not_specialize=["N", "splits"], repr=_merge_name)
 def merge_splits(states, given, out, N, splits, REDUCTION: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr):
-    """The results of a block of rows, [which, set, row], from the states [which, set, split, row]: neighbours are
+    """The results of a block of rows, each to [set, row], from the states [which, set, split, row]: neighbours are
     combined, the earlier first, until one is left."""
     s = tl.program_id(1).to(tl.int64)
     sets = tl.num_programs(1).to(tl.int64)
@@ -226,7 +264,7 @@ def merge_splits(states, given, out, N, splits, REDUCTION: tl.constexpr, LEVELS:
     values = _values(given[0], s, rows, row_mask, N) + given[1]
     results = REDUCTION.finish(state, values)
     for k in tl.static_range(len(results)):
-        tl.store(out + (k * sets + s) * N + rows[:, None], results[k], mask=row_mask[:, None])
+        tl.store(out[k] + s * N + rows[:, None], results[k], mask=row_mask[:, None])
 
 
 @triton.jit(do_not_specialize=["N"], repr=_name)
@@ -273,7 +311,7 @@ def reduce_triangle(
         REDUCTION.store(state, out, s, sets, columns, column_mask, N, row_tile, splits)
 
 
-@triton.jit(do_not_specialize=["start", "stop", "N", "M", "height"], repr=_name)
+@triton.jit(do_not_specialize=["start", "stop", "N", "M", "height"], repr=_weights_name)
 def weigh_tiles(
     x, y, sides, pairing, given, weights, start, stop, N, M, D, width, height, one,
     REDUCTION: tl.constexpr, METRIC: tl.constexpr, RULES: tl.constexpr, PRODUCT: tl.constexpr,
@@ -359,3 +397,61 @@ def column_splits(row_tiles: int, column_tiles: int, sets: int, most: int = MAX_
     splits = max(1, min(column_tiles, most, MAX_SPLITS // max(1, row_tiles * sets)))
     tiles_per_split = max(1, triton.cdiv(column_tiles, splits))
     return triton.cdiv(column_tiles, tiles_per_split), tiles_per_split
+
+
+# Of losses. Narrow in the first pass, to fill the GPU. Estimates: no GPU has run them.
+_STATES = {"BM": 64, "BN": 32, "BK": 32, "num_warps": 8, "num_stages": 3}
+_WEIGHTS = {"BM": 64, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 3}
+
+
+def reduced(
+    reduction: Reduction, a: Tensor, b: Tensor, pairing: Pairing, metric: int, dots: str, results: int,
+    values: tuple[Tensor, ...] = (), parameters: tuple[float, ...] = (),
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Launch `reduce_rows` and `merge_splits`: the results, (S, N) each, of a loss's reduction of (S, N, D), (S, M, D).
+
+    values: (S, N) float32 each, contiguous. parameters: the numbers that follow them.
+    """
+    sets, n, _ = a.shape
+    sides = sides_of_rows(a, b, dots, _STATES)
+    row_tiles = triton.cdiv(n, _STATES["BM"])
+    splits, tiles_per_split = column_splits(row_tiles, triton.cdiv(b.shape[1], _STATES["BN"]), sets)
+    assert reduction.start is not None
+    states = torch.empty(len(reduction.start), sets, splits, n, dtype=torch.float32, device=a.device)
+    out = tuple(torch.empty(sets, n, dtype=torch.float32, device=a.device) for _ in range(results))
+    tensors, rules = pairing_arguments(pairing)
+    given = (values, parameters, reduction.start)
+    launch(
+        reduce_rows, (row_tiles, splits, sets),
+        sides.x, sides.y, sides.terms, tensors, given, states, n, b.shape[1], sides.dimension, tiles_per_split, 1.0,
+        REDUCTION=reduction, METRIC=metric, RULES=rules, PRODUCT=sides.product, **sides.options,
+    )  # fmt: skip
+    BLOCK = 8
+    launch(
+        merge_splits, (triton.cdiv(n, BLOCK), sets), states, given, out, n, splits,
+        REDUCTION=reduction, LEVELS=MAX_SPLITS.bit_length() - 1, BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def add_weighted_pairs(
+    for_x: Tensor, for_y: Tensor, reduction: Reduction, a: Tensor, b: Tensor, pairing: Pairing, metric: int, dots: str,
+    precision: str, given: tuple[tuple[Any, ...], ...],
+) -> None:  # fmt: skip
+    """Launch `weigh_tiles` and add the sums of rows, block by block: for_x −= Σ_j w_ij (x_i − y_j), of y the same (of
+    "cosine" and "dot" += Σ_j w_ij y_j), w the weight of a difference. `given`: values, parameters, results, gradients;
+    for_y is for_x where b is a; an empty one is not wanted."""
+    sets, n, _ = a.shape
+    m = b.shape[1]
+    sides = sides_of_rows(a, b, dots, _WEIGHTS)
+    tensors, rules = pairing_arguments(pairing)
+    for block, weights in weight_blocks(n, m, sets, a.device) if m else ():
+        _, height, width = weights.shape
+        grid = (triton.cdiv(width, _WEIGHTS["BN"]), triton.cdiv(block.stop - block.start, _WEIGHTS["BM"]), sets)
+        launch(
+            weigh_tiles, grid,
+            sides.x, sides.y, sides.terms, tensors, given, weights, block.start, block.stop, n, m, sides.dimension,
+            width, height, 1.0,
+            REDUCTION=reduction, METRIC=metric, RULES=rules, PRODUCT=sides.product, **sides.options,
+        )  # fmt: skip
+        add_weighted_rows(for_x, for_y, weights, a, b, block, precision, less_own=metric < 2)
