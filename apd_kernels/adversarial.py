@@ -107,8 +107,8 @@ def metric_perturb(
 
     Args:
         x: features, shape (N, D) or (S, N, D) for S sets with the same labels; float16, bfloat16, float32, float64.
-        labels: identity of each row, shape (N,), any integer dtype; −1 is an identity as any other. Anchors without a
-            positive or negative do not count.
+        labels: identity of each row, shape (N,), any integer dtype; −1 is an identity like others: give
+            ``x[labels != -1]`` to leave it out. Anchors without a positive or negative do not count.
         epsilon: radius of the ball, at least 0, in units of `x`; see `epsilon_mode`.
         epsilon_mode: ``"absolute"``, or ``"relative"``: each row's radius and step are multiplied by its own norm.
         steps: number of steps, at least 0; 0 returns `x` itself, and so does ``epsilon=0``.

@@ -41,8 +41,8 @@ def circle_loss(
     Args:
         x: anchors, shape (N, D) or (S, N, D) for S feature sets with the same labels; float16, bfloat16, float32 or
             float64. Any length: rows are normalised.
-        labels, y, y_labels, own, y_valid, domains, y_domains, positives, negatives: as in `batch_hard`; rows of `y`
-            that are `prepare_rows` are prepared for ``"cosine"``.
+        labels, y, y_labels, own, y_valid, domains, y_domains, positives, negatives: as in `batch_hard` (label −1,
+            too); rows of `y` that are `prepare_rows` are prepared for ``"cosine"``.
         margin: m, at least 0; the paper takes 0.25 for re-identification and 0.4 for fine-grained retrieval.
         gamma: γ, above 0: 128 and 80 there.
         precision: of the products, as in `pairwise_distance`. Their rounding is multiplied by up to γ (1 + 2m) before
@@ -98,8 +98,8 @@ def supervised_contrastive_loss(
     Args:
         x: anchors, shape (N, D) or (S, N, D) for S feature sets with the same labels; float16, bfloat16, float32 or
             float64.
-        labels, y, y_labels, own, y_valid, domains, y_domains, positives, negatives: as in `batch_hard`; a pair that
-            they leave out is in neither sum.
+        labels, y, y_labels, own, y_valid, domains, y_domains, positives, negatives: as in `batch_hard` (label −1,
+            too); a pair that they leave out is in neither sum.
         temperature: τ, above 0.
         metric: ``"cosine"``, of rows that are normalised, or ``"dot"`` of rows as they are.
         precision: of the products, as in `pairwise_distance`; their rounding is divided by τ.

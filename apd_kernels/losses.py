@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apd_kernels._core.checks import check_choice, check_number
+from apd_kernels._core.checks import check_choice, check_number, check_tensor
 from apd_kernels._core.operands import PreparedRows, checked_operands
 from apd_kernels._core.operators import differentiable, internal_dtype, operator
 from apd_kernels._core.pairing import checked_pairing
@@ -89,7 +89,7 @@ def triplet_loss(
 
     Args:
         x, labels, y, y_labels, metric, precision, own, y_valid, domains, y_domains, positives, negatives: as in
-            `batch_hard`.
+            `batch_hard`; so label −1 is an identity like others, unless `y_valid` leaves it out.
         margin: hinge margin, at least 0; None for the soft margin.
         mining: ``"hard"``: d_p and d_n are those of `batch_hard`, mined, measured and summed in one operation;
             ``"weighted"``: those of `weighted_pairs`, means over all positives and negatives.
@@ -159,8 +159,9 @@ def _checked_indices(indices: tuple[Tensor, Tensor], x: Tensor) -> Pair:
     if not isinstance(indices, tuple) or len(indices) != 2:
         raise TypeError(f"indices: expected a pair of tensors (positive, negative), got {type(indices).__name__}")
     for name, index in zip(("indices.positive", "indices.negative"), indices, strict=True):
-        if not isinstance(index, Tensor) or index.dtype != torch.int64:
-            raise TypeError(f"{name}: expected an int64 tensor, got {getattr(index, 'dtype', type(index).__name__)}")
+        check_tensor(name, index)
+        if index.dtype != torch.int64:
+            raise TypeError(f"{name}: expected an int64 tensor, got {index.dtype}")
         if index.shape != x.shape[:-1] or index.device != x.device:
             raise ValueError(
                 f"{name}: expected shape {tuple(x.shape[:-1])} on {x.device}, "

@@ -101,7 +101,8 @@ class CrossBatchMemory(Module):
 
         Args:
             x: shape (N, dimension), any floating dtype; converted, detached.
-            labels: identity of each row, shape (N,), any integer dtype, other than `NO_LABEL`.
+            labels: identity of each row, shape (N,), any integer dtype, other than `NO_LABEL`. −1 is an identity like
+                others: mine with ``y_valid=memory.labels != -1`` to leave it out.
 
         Raises:
             TypeError, ValueError: an argument of the wrong dtype, shape or device.

@@ -51,7 +51,7 @@ def batch_hard(
 
     Args:
         x: anchors, shape (N, D) or (S, N, D) for S feature sets with the same labels.
-        labels: identity of each anchor, shape (N,), any integer dtype. −1 is an identity as any other: see `y_valid`.
+        labels: identity of each anchor, shape (N,), any integer dtype. −1 is an identity like others: see `y_valid`.
         y: rows to choose from, shape (M, D) or (S, M, D), or `prepare_rows` of them; the anchors themselves when None,
             each anchor excluded from its own choice.
         y_labels: identity of each row of `y`, shape (M,).
@@ -59,8 +59,9 @@ def batch_hard(
         precision: of the products that choose the winners, as in `pairwise_distance`.
         own: the row of `y` that is the anchor itself and not to be chosen by it, shape (N,), any integer dtype; −1 for
             none. For a batch gathered from all ranks: ``start + torch.arange(N)``.
-        y_valid: rows of `y` that may be chosen at all, bool (M,); without `y` of `x`, (N,): ``labels >= 0`` leaves out
-            what clustering calls outliers, as anchors too, which have no positive left.
+        y_valid: rows of `y` that may be chosen at all, bool (M,); without `y` of `x`, (N,): ``labels != -1`` leaves out
+            what clustering calls outliers, as anchors too, which have no positive left. (`rank_metrics` does so itself,
+            see its `junk`.)
         domains, y_domains: domain (data set, camera) of each anchor and each row of `y`, (N,) and (M,), any integer
             dtype.
         positives, negatives: ``"all"``, or only those ``"within"`` the anchor's domain or ``"across"``, from others.

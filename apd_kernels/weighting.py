@@ -43,9 +43,9 @@ def weighted_pairs(
     largest before the exponential and sum to 1, at any distance.
 
     Args:
-        x, labels, y, y_labels, metric, own, y_valid, domains, y_domains, positives, negatives: as in `batch_hard`.
-            fast-reid also counts the anchor as its own positive, at distance 0: pass ``y=x.clone()`` with
-            ``y_labels=labels``.
+        x, labels, y, y_labels, metric, own, y_valid, domains, y_domains, positives, negatives: as in `batch_hard`
+            (label −1, too). fast-reid also counts the anchor as its own positive, at distance 0: pass ``y=x.clone()``
+            with ``y_labels=labels``.
         precision: of the products that give the distances, as in `pairwise_distance`.
 
     Returns:

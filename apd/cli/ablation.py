@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from apd.cli.common import Device, DeviceOption, reported, torch_device
+from apd.cli.common import Device, DeviceOption, check_file, reported, torch_device
 
 
 @reported
@@ -62,6 +62,7 @@ def ablate(
 
     plan = load_plan(file)
     if into is not None:
+        check_file(into, "--into")
         around(into, plan.path.stem)  # before the work, not after it
     folders: dict[str, Path] = {}
     for text in target:

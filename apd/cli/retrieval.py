@@ -96,6 +96,8 @@ def index(
     from apd_kernels import Gallery
 
     Gallery.check_destination(output)
+    if append and not output.exists():
+        raise InputError(f"{output}: no such folder")
     with only_writer(output):  # from the load to the save: rows that another process adds meanwhile would be lost
         present = _gallery_to_append(output, metric and metric.value, factory) if append else None
         extractor = None

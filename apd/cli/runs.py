@@ -81,11 +81,13 @@ def hardtest(
     from apd.cli.display import print_hard_test
     from apd.console import print_written
     from apd.data.datasets import read_dataset
+    from apd.data.market import check_answers
     from apd.experiments.hard_eval import run_hard_test
     from apd.files import write_json
     from apd.run import Run
 
     folder = read_dataset(data, ("query", "gallery"))
+    check_answers(folder)
     other = None if control is None else Run(control)
     result = run_hard_test(Run(run), Run(judge), folder, control=other, device=on, seed=seed)
     about = {

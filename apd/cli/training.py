@@ -32,7 +32,11 @@ def train(
         Path | None, typer.Option(help="Folder of the run; default: runs/ and the name of the configuration.")
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Go on with an interrupted run, whose folder keeps data and configuration.")
+        Path | None,
+        typer.Option(
+            help="Go on with an interrupted run, whose folder keeps data and configuration; with train.steps=N also "
+            "with a finished one, to N steps in all."
+        ),
     ] = None,
     device: DeviceOption = Device.auto,
 ) -> None:
@@ -45,7 +49,7 @@ def train(
     --device cpu, in N processes): to the same result as one, up to rounding,
     but for the batch norms inside a CNN, each of which sees its process's images.
     """
-    if resume is not None and (data or config or output or values):
+    if resume is not None and (data or config or output):
         raise InputError("--resume RUN stands alone: data and configuration are those of the run")
     if resume is None and not data:
         raise InputError("--data: give the folder of at least one source domain")
@@ -55,11 +59,17 @@ def train(
     from apd.console import console, print_written
     from apd.run import Run
     from apd.training.distributed import join, leave, on_first
-    from apd.training.train import start_run, train_run
+    from apd.training.train import extend_run, nothing_left, start_run, train_run
 
     join(on)
     if resume is not None:
         run = Run(resume)
+        if values:
+            run = on_first(lambda: extend_run(run, values))
+        elif on_first(lambda: nothing_left(run)):
+            console.print(f"{run.path}: finished; --resume with train.steps=N trains on, to N steps", soft_wrap=True)
+            leave()
+            return
     else:
         chosen = load_config(config, values or ())
         name = Path(config).stem if config is not None else "default"

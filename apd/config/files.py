@@ -187,7 +187,10 @@ def _known(key: str, source: str = "") -> str:
 
 
 def _nearest(key: str) -> list[str]:
-    """Keys of the same name in another section; else the likeliest misspelling."""
+    """The key without capitals; else keys of the same name in another section; else the likeliest misspelling."""
+    key = key.lower()
+    if key in SETTINGS:
+        return [key]
     section, _, name = key.rpartition(".")
 
     def named(name: str) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -66,6 +66,35 @@ def load_image(path: Path | str, size: tuple[int, int] | None) -> np.ndarray:
         raise InputError(f"{path}: cannot be read as an image, or is cut off or damaged") from error
 
 
+def check_readable(paths: Sequence[Path | str], advance: Callable[[int], None] = lambda done: None) -> None:
+    """Decode images, so that a damaged one ends a command before its work.
+
+    Args:
+        paths: of the images.
+        advance: called with 1 for each.
+
+    Raises:
+        InputError: some cannot be read; the message counts them and names the first.
+    """
+
+    def look(path: Path | str) -> str | None:
+        try:
+            load_image(path, None)
+            return None
+        except InputError as error:
+            return str(error)
+
+    errors = []
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for error in pool.map(look, paths):
+            advance(1)
+            if error is not None:
+                errors.append(error)
+    if errors:
+        more = f", and {len(errors) - 1} more of {len(paths):,} images" if len(errors) > 1 else ""
+        raise InputError(f"{errors[0]}{more}")
+
+
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255
         values = np.asarray(image).astype(np.int64)
@@ -79,12 +108,13 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def within(folder: Path, name: str) -> Path:
-    """The file of a name that a gallery or a feature file brings, which may not lead out of its folder.
+    """The file of a name that a gallery or a feature file brings: of the folder, or of its own where it is absolute, as
+    those of images that were appended from another data set are.
 
     Raises:
-        InputError: it is absolute, or goes up.
+        InputError: it goes up from the folder.
     """
-    if Path(name).is_absolute() or ".." in Path(name).parts:
+    if ".." in Path(name).parts:
         raise InputError(f"{name}: leads out of {folder}, where the images are")
     return folder / name
 

@@ -24,8 +24,8 @@ _UNREAD = (
     *(".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".mpo", ".apng", ".icns", ".dds", ".ras", ".sgi", ".xcf"),
 )
 NO_ANSWERS = (
-    "no query has an image of its identity from another camera in the gallery; --ignore-cameras evaluates data without "
-    "cameras, or with one"
+    "no query has an image of its identity from another camera in the gallery; apd evaluate --ignore-cameras takes "
+    "data without cameras, or with one"
 )
 _JUNK = re.compile(r"-1_")
 # <identity>_c<camera>s<sequence>_…; DukeMTMC-reID has no sequence. Digits are bounded so that they fit int64.
@@ -100,6 +100,12 @@ def unanswered(query: Iterable[tuple[int, int]], gallery: Iterable[tuple[int, in
         seen.setdefault(pid, set()).add(camid)
     seen.pop(UNKNOWN, None)
     return sum(pid not in seen or (cameras and camid != UNKNOWN and seen[pid] == {camid}) for pid, camid in query)
+
+
+def check_answers(folder: ReidFolder) -> None:
+    """InputError where no query has an answer: before a test, not after its images are described."""
+    if unanswered(labels(folder.query), labels(folder.gallery)) == len(folder.query):
+        raise InputError(f"{folder.path}: {NO_ANSWERS}")
 
 
 def read_market(

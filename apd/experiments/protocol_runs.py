@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,9 +26,10 @@ import torch
 from apd.config.values import Config
 from apd.console import console, progress
 from apd.data.datasets import DATASETS, DataSpec, read_dataset
-from apd.data.market import ReidFolder
+from apd.data.images import check_readable
+from apd.data.market import ReidFolder, check_answers
 from apd.data.splits import Split, read_splits, write_splits
-from apd.errors import InputError
+from apd.errors import DataWarning, InputError
 from apd.experiments.protocols import AVERAGE, Protocol, Task
 from apd.files import write_json, write_text
 from apd.retrieval.extraction import Extractor, extract_folder, load_extractor
@@ -75,6 +77,7 @@ def run_protocol(
         InputError: the folder holds another protocol's runs, or the data or the configuration cannot be used.
     """
     _check_folder(protocol, data, config, output)
+    _check_targets(protocol, data, output)
     results: dict[str, dict[str, TargetResult]] = {}
     for number, task in enumerate(protocol.tasks, 1):
         console.print(f"training {number} of {len(protocol.tasks)}: {task.name}", style="bold", soft_wrap=True)
@@ -112,6 +115,33 @@ def _changes(key: str, before: Any, now: Any) -> list[tuple[str, Any, Any]]:
         return [] if before == now else [(key, before, now)]
     names = dict.fromkeys((*before, *now))
     return [one for name in names for one in _changes(f"{key}.{name}".strip("."), before.get(name), now.get(name))]
+
+
+def _check_targets(protocol: Protocol, data: Mapping[str, DataSpec], output: Path) -> None:
+    """Look at the targets of the trainings that are to come: a test that cannot be taken would waste them.
+
+    Nothing of a target reaches a training.
+
+    Raises:
+        InputError: a target cannot be read, allows no splits, or no query has an answer.
+    """
+    runs = {task: output / "runs" / task.folder for task in protocol.tasks}
+    coming = [
+        task for task, path in runs.items() if not (path / CONFIG).is_file() or "finished" not in Run(path).info()
+    ]
+    images: list[Path] = []
+    for target in dict.fromkeys(target for task in coming for target in task.targets):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DataWarning)  # they are given when it is tested
+            folder = read_dataset(data[target], ("query", "gallery"))
+        lists, splits = output / "splits" / f"{target}.json", data[target].dataset.splits
+        if splits is None:
+            check_answers(folder)
+        elif not lists.exists():
+            splits(folder, _SPLIT_SEED)
+        images += [sample.path for sample in (*folder.query, *folder.gallery)]
+    with progress("looking at targets", len(images)) as advance:
+        check_readable(images, advance)
 
 
 def _trained(task: Task, data: Mapping[str, DataSpec], config: Config, path: Path, device: str) -> Run:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from apd.data.datasets import read_dataset, read_source
-from apd.data.market import ReidFolder, folder_of
+from apd.data.market import ReidFolder, check_answers, folder_of
 from apd.environment import describe_environment
 from apd.errors import InputError
 from apd.reports import page as report
@@ -61,6 +61,8 @@ def write_run_report(path: Path, run: Run, targets: Sequence[Path], device: str)
         raise InputError(f"{run.path / INFO}: names no data folders")
     own = [(folder, "own test") for folder in sources if str(folder.path) in info.get("own_test", {})]
     folders = [*own, *((read_dataset(data, ("query", "gallery")), "target") for data in targets)]
+    for folder, _ in folders:
+        check_answers(folder)
     names = [f"{folder.path.name}, {kind}" for folder, kind in folders]
     tested = {
         name if names.count(name) == 1 else f"{folder.path}, {kind}": _test(folder, extractor)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from apd.data.market import FOLDERS, ReidFolder, read_market
+from apd.data.market import FOLDERS, NO_ANSWERS, ReidFolder, read_market, unanswered
 from apd.data.splits import Split, camera_draws, two_camera_splits, write_splits
 from apd.errors import InputError
 from apd.files import replacing
@@ -181,7 +181,7 @@ def load_target(name: str, path: Path, rule: Rule) -> Target:
         rule: how it is tested.
 
     Raises:
-        InputError: it cannot be read, or does not allow the splits.
+        InputError: it cannot be read, or does not allow the splits, or one has no query with an answer.
     """
     # Own query and gallery are all that this rule looks at.
     wanted = ("query", "gallery") if rule.rule == "own" else tuple(FOLDERS)
@@ -191,6 +191,11 @@ def load_target(name: str, path: Path, rule: Rule) -> Target:
         splits = rule.splits(rows)
     except InputError as error:
         raise InputError(f"target {name} ({path}): {error}") from error
+    found = np.stack([rows.identities(), rows.cameras()], 1)
+    for split in splits:
+        query, gallery = (found[one].tolist() for one in (split.query, split.gallery))
+        if unanswered(query, gallery) == len(query):
+            raise InputError(f"target {name} ({path}): {NO_ANSWERS}")
     return Target(name, folder, rule, tuple(rows.names.tolist()), tuple(splits))
 
 

@@ -58,6 +58,11 @@ def load_checkpoint(run: Path, stage: str) -> dict[str, Any] | None:
     return None
 
 
+def newest_step(run: Path, stage: str) -> int | None:
+    """Steps done in the newest checkpoint of a stage; None where there is none."""
+    return next((step for step, _ in _checkpoints(run, stage)), None)
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     """A checkpoint, or None where it is damaged."""
     try:

@@ -17,34 +17,44 @@ from typing import Any
 import timm
 import torch
 
-from apd.config.files import save_config
+from apd.config.files import load_config, save_config
 from apd.config.values import PRETRAINED, Config
-from apd.console import console, count
+from apd.console import console, count, progress
 from apd.data.datasets import DataSpec, domains, read_source
-from apd.data.images import ImageStore
-from apd.data.market import ReidFolder, Sample, count_samples, first_of
+from apd.data.images import ImageStore, check_readable
+from apd.data.market import NO_ANSWERS, ReidFolder, Sample, count_samples, first_of, labels, unanswered
 from apd.errors import DataWarning, InputError
-from apd.files import only_writer, sample_of
+from apd.files import only_writer, sample_of, write_json
 from apd.models.spnet import build_spnet
 from apd.models.trunk import BaselineTrunk, Trunk, build_trunk, resolve_trunk
 from apd.run import CONFIG, GENERATOR, INFO, WEIGHTS, Run, sha256_of, update_info
+from apd.training.checkpoint import newest_step
 from apd.training.distributed import join, on_first, own_rows, rank
 from apd.training.engine import check_precision
 from apd.training.interrupt import interruptible
 from apd.training.monitors import REFERENCE_PAIRS, camera_distance
 from apd.training.mpg import check_mpg, train_mpg
 from apd.training.sources import Sources, gather_sources
-from apd.training.sp import check_sp, train_sp
+from apd.training.sp import STAGE as SP
+from apd.training.sp import check_sp, total_steps, train_sp
 from apd.training.synthesis import HardImages, noisy, synthesize, synthesized_folders
 from apd.training.threads import available_threads, training_threads, useful_threads
 from apd.training.validation import evaluate_samples
 
 BASELINE = "baseline"  # folder of the trunk's run
 SYNTHESIZED = "synthesized"
+EXTENDED = "extended"  # in run.json: a finished run is to be trained for more steps
 CAMERA_DISTANCE = "camera_distance"  # in run.json: of φ, between two images of a person from different cameras
 
 
-def start_run(path: Path, config: Config, data: Sequence[Path | str | DataSpec], *, threads: int | None = None) -> Run:
+def start_run(
+    path: Path,
+    config: Config,
+    data: Sequence[Path | str | DataSpec],
+    *,
+    threads: int | None = None,
+    look: bool = True,
+) -> Run:
     """Make the folder of a new run.
 
     Args:
@@ -52,6 +62,7 @@ def start_run(path: Path, config: Config, data: Sequence[Path | str | DataSpec],
         config: every value.
         data: the source domains: folders, or what `DataSpec.parse` reads.
         threads: at most so many for a training on the CPU; default: as many as there are.
+        look: decode every image, those of the sources' own tests too: a damaged one would else end the run on the way.
 
     Raises:
         InputError: the folder holds a run, or the data or the configuration cannot be used; then no folder is made.
@@ -72,6 +83,10 @@ def start_run(path: Path, config: Config, data: Sequence[Path | str | DataSpec],
     if config.uses_generator:
         check_mpg(sources, config)
     check_sp(sources, config)
+    if look:
+        images = [sample.path for one in folders for sample in (*one.train, *_own_test(one))]
+        with progress("looking at images", len(images)) as advance:
+            check_readable(images, advance)
     with only_writer(path):
         if (path / CONFIG).exists():
             raise InputError(f"{path}: another process has begun a run in it meanwhile; choose another --output")
@@ -120,6 +135,58 @@ def train_run(run: Run, device: str) -> dict[str, Any]:
     return run.info()
 
 
+def nothing_left(run: Run) -> bool:
+    """Whether a run is finished.
+
+    Raises:
+        InputError: another process trains it.
+    """
+    with only_writer(run.path):
+        return "finished" in run.info() and (run.path / WEIGHTS).is_file()
+
+
+_LENGTH = ("train.steps", "train.epochs")
+
+
+def extend_run(run: Run, values: Sequence[str]) -> Run:
+    """Give a run another length; the schedule of its learning rate is then that of the new one.
+
+    Args:
+        run: a finished one, or one that was interrupted in stage 2.
+        values: ``train.steps=N``, or ``train.epochs=N`` where the run counts epochs.
+
+    Raises:
+        InputError: another value, a length that is over already, or a run without a checkpoint to go on from, or one
+            that was stopped because it had collapsed.
+    """
+    for value in values:
+        if (key := value.partition("=")[0].strip()) not in _LENGTH:
+            raise InputError(f"--resume RUN stands alone, but for {' or '.join(_LENGTH)}, its new length; got {key}")
+    config = load_config(run.path / CONFIG, values)
+    if config.train.epochs != run.config.train.epochs and config.train.steps is not None:
+        raise InputError(
+            f"train.epochs: the run counts steps; expected train.steps, of which it has {config.train.steps}"
+        )
+    with only_writer(run.path):
+        info, done = run.info(), newest_step(run.path, SP)
+        if done is None:
+            raise InputError(f"{run.path}: no checkpoint of stage 2, from which it could be trained on")
+        if "collapsed" in info and config.train.on_collapse == "stop":
+            raise InputError(f"{run.path}: collapsed at step {info['collapsed']['step']}; it is not trained on")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DataWarning)
+            sources, _ = _gathered([read_source(source) for source in info["data"]], config)
+        steps = total_steps(config.train, sources.originals)
+        if steps <= done:
+            raise InputError(
+                f"train.steps: expected more than the {done:,} steps that {run.path} has done, got {steps:,}"
+            )
+        kept = {key: value for key, value in info.items() if key not in ("finished", "own_test", "weights")}
+        write_json(run.path / INFO, {**kept, EXTENDED: True})
+        save_config(config, run.path / CONFIG)
+    return Run(run.path)
+
+
 def _train(run: Run, device: str) -> None:
     config, path = run.config, run.path
     folders = on_first(lambda: _read_sources(run))
@@ -129,7 +196,8 @@ def _train(run: Run, device: str) -> None:
             _train_trunk(run, device)
             on_first(lambda: _stage_1(run, sources, device))
         sources = on_first(lambda: _synthesized(run, folders, sources, device))
-    if config.train.validation_identities or not on_first((path / WEIGHTS).is_file):
+    trained = on_first(lambda: (path / WEIGHTS).is_file() and not run.info().get(EXTENDED))
+    if config.train.validation_identities or not trained:
         seconds = train_sp(path, sources, validation, config, device)
         on_first(lambda: _took(path, "sp", seconds))
     on_first(lambda: _report(run, folders, sources, device))
@@ -153,7 +221,16 @@ def _read_sources(run: Run) -> list[ReidFolder]:
         )
     for folder in folders:
         console.print(f"source {folder.path.name}: {_counts(folder.train)}", soft_wrap=True)
+        if not _own_test(folder):
+            why = NO_ANSWERS if folder.query else "it has no query and gallery apart from the training images"
+            console.print(f"note: {folder.path.name}: there will be no own test: {why}", soft_wrap=True)
     return folders
+
+
+def _own_test(folder: ReidFolder) -> Sequence[Sample]:
+    """The images of a source's own test; none where no query has an answer."""
+    lost = unanswered(labels(folder.query), labels(folder.gallery))
+    return (*folder.query, *folder.gallery) if lost < len(folder.query) else ()
 
 
 def _listing(folders: Sequence[ReidFolder]) -> str:
@@ -227,7 +304,7 @@ def _train_trunk(run: Run, device: str) -> None:
     path = run.path / BASELINE
     config = replace(run.config, perturbation="none", model=replace(run.config.model, ssd="none"))
     if not on_first((path / CONFIG).is_file):
-        on_first(lambda: start_run(path, config, run.info()["data"]))
+        on_first(lambda: start_run(path, config, run.info()["data"], look=False))
     train_run(Run(path), device)
 
 
@@ -306,7 +383,7 @@ def _report(run: Run, folders: Sequence[ReidFolder], sources: Sources, device: s
     trained = run.load_model(device)
     results = {}
     for folder in folders:
-        if not _has_answers(folder):
+        if not _own_test(folder):
             continue
         found: dict[str, dict[str, float]] = {}
         for name, model in (("step 0", untrained), ("end", trained)):
@@ -319,16 +396,8 @@ def _report(run: Run, folders: Sequence[ReidFolder], sources: Sources, device: s
             )
         results[str(folder.path)] = found
     weights = {name: sha256_of(run.path / name) for name in (WEIGHTS, GENERATOR) if (run.path / name).is_file()}
-    update_info(
-        run.path, weights=weights, own_test=results, finished=datetime.now(timezone.utc).isoformat(timespec="seconds")
-    )
-
-
-def _has_answers(folder: ReidFolder) -> bool:
-    """Whether any query has an image of its identity in another camera."""
-    seen = {(sample.pid, sample.camid) for sample in folder.gallery}
-    cameras = {camid for _, camid in seen}
-    return any((query.pid, camid) in seen for query in folder.query for camid in cameras - {query.camid})
+    finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    update_info(run.path, weights=weights, own_test=results, finished=finished, **{EXTENDED: False})
 
 
 def _counts(samples: Sequence[Sample]) -> str:

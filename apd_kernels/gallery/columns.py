@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from apd_kernels._core.checks import check_tensor
 from apd_kernels.evaluation.retrieval_metrics import Unlabelled
 
 
@@ -130,10 +131,7 @@ class Columns:
 
     def checked_where(self, where: Tensor | np.ndarray, queries: int) -> np.ndarray:
         """bool (N,) or (Q, N): the rows that may be found, from such a mask or from keys."""
-        if isinstance(where, Tensor):
-            where = where.detach().cpu().numpy()
-        if not isinstance(where, np.ndarray):
-            raise TypeError(f"where: expected a torch.Tensor or numpy array, got {type(where).__name__}")
+        where = as_array("where", where)
         if where.dtype != np.bool_:
             if where.dtype.kind not in "iu":
                 raise TypeError(f"where: expected a mask (bool) or keys (integers), got {where.dtype}")
@@ -156,21 +154,30 @@ def _reject_repeated(name: str, keys: np.ndarray) -> None:
     _reject_keys(name, values[counts > 1], "each key once", "more than once: ")
 
 
-def integers(name: str, values: Tensor | np.ndarray | Sequence[int] | None, count: int | None) -> np.ndarray:
-    """int64 (count,); any number of them for a count of None; −1 everywhere for values of None."""
-    if values is None:
-        return np.full(count or 0, -1, np.int64)
+def as_array(name: str, values: object) -> np.ndarray:
     if isinstance(values, Tensor):
-        values = values.detach().cpu().numpy()
+        check_tensor(name, values)
+        values = values.detach().cpu().resolve_neg().numpy()
     if not isinstance(values, np.ndarray):
         raise TypeError(f"{name}: expected a torch.Tensor or numpy array, got {type(values).__name__}")
-    if values.dtype.kind not in "iu":
-        raise TypeError(f"{name}: expected an integer dtype, got {values.dtype}")
-    if values.ndim != 1 or (count is not None and len(values) != count):
-        raise ValueError(f"{name}: expected shape ({'K' if count is None else count},), got {values.shape}")
-    if values.dtype == np.uint64 and values.size and values.max() > np.iinfo(np.int64).max:
-        raise ValueError(f"{name}: expected values that fit int64, got {values.max()}")
-    return values.astype(np.int64)
+    return values
+
+
+def integers(name: str, values: object, count: int | None) -> np.ndarray:
+    """int64 (count,); any number of them for a count of None."""
+    array = as_array(name, values)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name}: expected an integer dtype, got {array.dtype}")
+    if array.ndim != 1 or (count is not None and len(array) != count):
+        raise ValueError(f"{name}: expected shape ({'K' if count is None else count},), got {array.shape}")
+    if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{name}: expected values that fit int64, got {array.max()}")
+    return array.astype(np.int64)
+
+
+def labels(name: str, values: object, count: int) -> np.ndarray:
+    """As `integers`; −1 everywhere for None."""
+    return np.full(count, -1, np.int64) if values is None else integers(name, values, count)
 
 
 def check_notes(notes: object) -> None:

@@ -17,7 +17,7 @@ from apd_kernels._core.operands import METRICS
 from apd_kernels.evaluation.neighbors import knn
 from apd_kernels.evaluation.retrieval_metrics import checked_unlabelled
 from apd_kernels.gallery.atomic_folder import check_replaceable
-from apd_kernels.gallery.columns import Columns, check_notes, integers
+from apd_kernels.gallery.columns import Columns, as_array, check_notes, integers, labels
 from apd_kernels.gallery.faiss_index import ApproximateIndex, import_faiss, search_device, search_parameters
 from apd_kernels.gallery.folder import FORMAT, GalleryError, Stored, read_gallery, write_gallery
 from apd_kernels.gallery.rows import SELECTED_SHARE, Filter, GalleryRows, checked_rows
@@ -162,7 +162,7 @@ class Gallery:
         Returns:
             int64, shape as `keys`; −1 where the gallery has no such key.
         """
-        flat = torch.as_tensor(keys).detach().cpu().numpy()
+        flat = as_array("keys", keys if isinstance(keys, Tensor) else np.asarray(keys))
         return torch.from_numpy(self._columns.find(integers("keys", flat.reshape(-1), None)).reshape(flat.shape))
 
     @writes
@@ -210,7 +210,7 @@ class Gallery:
         self._check_fingerprint(fingerprint)
         rows = checked_rows("features", features, self.dim, self.metric)
         count, start = len(rows), len(self)
-        identities, cameras = integers("ids", ids, count), integers("cams", cams, count)
+        identities, cameras = labels("ids", ids, count), labels("cams", cams, count)
         columns = self._columns.checked_metadata(metadata or {}, count)
         new_keys = self._columns.new_keys(keys, count)
         if self._approximate is not None and count:

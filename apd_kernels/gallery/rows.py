@@ -226,7 +226,7 @@ def checked_rows(name: str, features: Tensor | np.ndarray, dim: int, metric: str
     check_features(name, features, sets=False)
     if features.shape[1] != dim:
         raise ValueError(f"{name}: expected shape (N, {dim}), got {tuple(features.shape)}")
-    x = features.detach().to("cpu", torch.float32).contiguous()
+    x = features.detach().to("cpu", torch.float32).resolve_neg().contiguous()
     _reject(name, ~torch.isfinite(x).all(1), "NaN or infinite values (as float32)")
     if metric == "cosine":
         return unit_rows(x.numpy())

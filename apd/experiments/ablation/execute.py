@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from apd.config.values import SETTINGS, Config, shown, value_of
-from apd.console import console
+from apd.console import console, progress
+from apd.data.datasets import read_source
+from apd.data.images import check_readable
 from apd.data.market import read_market
 from apd.errors import DataWarning, InputError
 from apd.experiments.ablation.plan import Bracket, Plan, Row
@@ -128,9 +130,11 @@ class Ablation:
         for target in self.targets.values():
             (self.output / "splits").mkdir(parents=True, exist_ok=True)
             target.write(self.output / "splits" / f"{target.name}.json")
+        chosen = [job for job in self.jobs.values() if train or job.finished()]
+        if not all(job.finished() for job in chosen):
+            self._look()
         for bracket in self.plan.brackets.values():
             self._test_bracket(bracket)
-        chosen = [job for job in self.jobs.values() if train or job.finished()]
         futures: dict[str, Future[None]] = {}
         threads = max(1, available_threads() // at_once)
         pool = ThreadPoolExecutor(at_once)
@@ -144,6 +148,16 @@ class Ablation:
             for process in list(self._processes):
                 process.kill()
             pool.shutdown(cancel_futures=True)
+
+    def _look(self) -> None:
+        """Decode all images before the first training; a damaged one would else end many, or their tests."""
+        folders = [target.folder for target in self.targets.values()]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DataWarning)
+            folders += [read_source(folder) for folder in self._data]
+        images = [sample.path for one in folders for sample in (*one.train, *one.query, *one.gallery)]
+        with progress("looking at images", len(images)) as advance:
+            check_readable(images, advance)
 
     def current(self, job: Job) -> dict[str, Any] | None:
         """The result of a run, if it is of this configuration and of these tests."""
@@ -162,7 +176,7 @@ class Ablation:
     def _train(self, job: Job, threads: int) -> None:
         """In a process of its own, from where the run stands."""
         if not (job.path / CONFIG).is_file():
-            start_run(job.path, job.config, self._data, threads=threads)
+            start_run(job.path, job.config, self._data, threads=threads, look=False)
         threads = Run(job.path).info().get("threads", threads)  # runs of older versions do not say
         generator = job.path / GENERATOR
         if job.row.generator is not None and not generator.is_file():

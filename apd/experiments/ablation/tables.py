@@ -94,14 +94,15 @@ def _differences(found: _Found) -> Iterator[tuple[str, ...]]:
     for name, controls in found.plan.controls.items():
         for target in found.plan.targets:
             for figure, part in _COMPARED.items():
-                present = [control for control in controls if found.runs[control]]
-                if not present:
+                ours = found.queries(name, target)
+                compared = [(compare(ours, found.queries(control, target), part), control) for control in controls]
+                paired = [(result, control) for result, control in compared if result is not None]
+                if not paired:
                     continue
-                control = max(present, key=lambda row: summary(found.values(row, target, figure)).mean)
-                result = compare(found.queries(name, target), found.queries(control, target), part)
-                if result is not None:
-                    titles = (found.plan.rows[row].title for row in (name, control))
-                    yield (*titles, target, figure, *_compared(result))
+                # Each by the seeds that both have: one that was trained with easier seeds is no better control.
+                result, control = min(paired, key=lambda one: one[0].difference)
+                titles = (found.plan.rows[row].title for row in (name, control))
+                yield (*titles, target, figure, *_compared(result))
 
 
 def _compared(result: Comparison) -> tuple[str, ...]:
@@ -123,8 +124,14 @@ def markdown(ablation: Ablation) -> str:
     lines = [f"{plan.title}: {tested} of {len(ablation.jobs)} runs.{label} {READING}"]
     for title, table in tables(ablation).items():
         lines += ["", f"**{title}**", ""]
-        lines += ["| " + " | ".join(cells) + " |" for cells in (table.head, ["---"] * len(table.head), *table.rows)]
+        rows = (table.head, ["---"] * len(table.head), *table.rows)
+        lines += ["| " + " | ".join(map(_cell, cells)) + " |" for cells in rows]
     return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """A title may hold what ends a cell or a row of a table."""
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def insert(file: Path, name: str, text: str) -> None:

@@ -187,6 +187,9 @@ def test_overrides_are_on_top_of_the_file_and_the_last_counts(tmp_path: Path) ->
     ("key", "hint"),
     [
         ("train.lrr", "did you mean train.lr?"),
+        ("TRAIN.LR", "did you mean train.lr?"),
+        ("Seed", "did you mean seed?"),
+        ("LR", "did you mean mpg.lr or train.lr?"),
         ("trunk", "did you mean mpg.trunk?"),
         ("trnk", "did you mean mpg.trunk?"),
         ("lr", "did you mean mpg.lr or train.lr?"),

@@ -96,7 +96,8 @@ def test_queries_without_an_answer_are_counted(tmp_path: Path) -> None:
         image.unlink()
     text = run("data", "check", path, code=2)
     assert "queries without an answer from another camera: 5 of 5" in text
-    assert "no query has an image of its identity from another camera in the gallery; --ignore-cameras" in text
+    assert "no query has an image of its identity from another camera in the gallery" in text
+    assert "apd evaluate --ignore-cameras" in text
 
 
 def test_images_of_a_manifest_that_are_not_there(tmp_path: Path) -> None:

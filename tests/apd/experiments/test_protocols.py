@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -271,24 +272,28 @@ def test_single_source_with_a_generator(root: Path, tmp_path: Path) -> None:
 
 
 def test_no_target_has_a_say(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training is over before a target is opened."""
-    import apd.experiments.protocol_runs
+    """A target is looked at before the training, whose end is the same without one, and tested when it is over."""
+    import apd.experiments.protocol_runs as protocol_runs
 
-    opened: list[Path] = []
+    output = tmp_path / "out"
+    target = shutil.copytree(root / "VIPeR", tmp_path / "VIPeR")
+    sources = ("--source", "market1501", "--target", "viper", "--data-root", root, "--data", f"viper:{target}")
+    command = ("protocol", "run", "single-source", *sources, "--output", output, *TINY)
+    run_path = output / "runs" / "market1501-to-viper"
+    damaged = sorted((target / "cam_b").iterdir())[-1]
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:100])
+    assert f"{damaged}: cannot be read as an image" in run(*command, code=2)
+    assert not run_path.exists()
+    damaged.write_bytes(whole)
 
     def stop(extractor: object, spec: DataSpec, lists: Path) -> FeatureSet:
-        opened.append(spec.path)
-        raise InputError("stop")
+        assert "finished" in Run(run_path).info()
+        raise InputError(f"stop {spec.path}")
 
-    monkeypatch.setattr(apd.experiments.protocol_runs, "evaluate_target", stop)
-    target = tmp_path / "VIPeR"
-    (target / "cam_a").mkdir(parents=True)  # nothing in it: reading it would raise
-    output = tmp_path / "out"
-    sources = ("--source", "market1501", "--target", "viper", "--data-root", root, "--data", f"viper:{target}")
-    text = run("protocol", "run", "single-source", *sources, "--output", output, *TINY, code=2)
-    assert text.splitlines()[-1] == "Error: stop"
-    assert opened == [target]
-    assert "finished" in Run(output / "runs" / "market1501-to-viper").info()
+    monkeypatch.setattr(protocol_runs, "evaluate_target", stop)
+    assert run(*command, code=2).splitlines()[-1] == f"Error: stop {target}"
+    assert Run(run_path).info()["data"] == [f"market1501:{root / 'Market-1501-v15.09.15'}"]
 
 
 def test_list() -> None:

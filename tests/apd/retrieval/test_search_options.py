@@ -233,7 +233,7 @@ def test_report_of_images(tmp_path: Path, data: Path, checkpoint: Path) -> None:
     assert "portrait &lt;b&gt;.png" in page
     assert "<td>camera=1</td>" in page
     for match in known["results"]:
-        assert f"<span>camera {match['camera']}</span><span>{match['distance']:.3f}</span>" in page
+        assert f"<span>camera {match['camera']}</span><span>{match['distance']:#.3g}</span>" in page
     assert page.count("data:image/jpeg;base64,") == 2 * (1 + len(right))
     gone = data / known["results"][1]["name"]
     gone.unlink()

@@ -183,6 +183,97 @@ def test_resumed_in_the_middle_of_a_stage(tmp_path: Path, whole: Run, data: Path
     _same_results(path, whole.path)
 
 
+BASELINE = ("perturbation=none", "model.ssd=none")
+
+
+def test_a_finished_run_is_said_to_be(tmp_path: Path, data: Path) -> None:
+    made = trained(tmp_path / "run", data, *BASELINE)
+    before = {path: path.stat().st_mtime_ns for path in made.path.rglob("*") if path.is_file()}
+    text = run("train", "--resume", made.path, "--device", "cpu")
+    assert text.splitlines() == [f"{made.path}: finished; --resume with train.steps=N trains on, to N steps"]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_finished_run_is_trained_on(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its last step, by the schedule of the new length; killed on the way, it goes on from there."""
+    made = trained(tmp_path / "run", data, *BASELINE)
+    weights, resume = made.fingerprint(), ("train", "--resume", made.path, "--device", "cpu")
+    assert "expected more than the 4 steps" in error(*resume, "train.steps=4")
+    assert "the run counts steps" in error(*resume, "train.epochs=9")
+    assert "stands alone, but for train.steps" in error(*resume, "train.steps=8", "train.lr=1")
+    assert Run(made.path).config == made.config
+
+    from apd.training import train
+
+    with monkeypatch.context() as patch:  # the process is killed before a step
+        patch.setattr(train, "train_sp", lambda *_: (_ for _ in ()).throw(InputError("killed")))
+        assert "killed" in run(*resume, "train.steps=8", code=2)
+    assert "wrote" in run(*resume)
+    again = Run(made.path)
+    assert again.config == replace(made.config, train=replace(made.config.train, steps=8))
+    assert again.fingerprint() != weights
+    assert "finished" in again.info()
+    rows = read_metrics(made.path / "metrics.csv")
+    assert [row["step"] for row in rows] == ["2", "4", "6", "8"]
+    factors = [rate(step, 4, 8) for step in (5, 7)]  # warm up of an epoch, which is 4 steps
+    assert [float(row["lr"]) for row in rows[2:]] == pytest.approx([0.0005 * 8 / 64 * factor for factor in factors])
+    assert "finished;" in run(*resume)
+
+    shutil.rmtree(made.path / "last")
+    assert "no checkpoint of stage 2" in error(*resume, "train.steps=12")
+    update_info(made.path, collapsed={"step": 3})
+    (made.path / "last").mkdir()
+    save_checkpoint(made.path, "sp", 8, {})
+    assert "collapsed at step 3" in error(*resume, "train.steps=12")
+
+
+def test_trained_on_from_another_run(tmp_path: Path, data: Path) -> None:
+    """Fine-tuning: the heads are of other people."""
+    made = trained(tmp_path / "run", data, *BASELINE)
+    fewer = draw_training_set(tmp_path / "fewer")
+    for image in (fewer / "bounding_box_train").glob("0001_*"):
+        image.unlink()
+    values = [*TINY, *BASELINE, f"model.pretrained={made.path}"]
+    text = run("train", "--data", fewer, "--output", tmp_path / "tuned", "--device", "cpu", *values, "train.steps=0")
+    line = f"model.pretrained: {made.path}/best.safetensors: made anew: heads.classifier"
+    assert text.splitlines().count(line) == 1
+    ours, theirs = _weights(tmp_path / "tuned" / "best.safetensors"), _weights(made.path / "best.safetensors")
+    assert len(ours["heads.classifier.weight"]) == 7
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours if name != "heads.classifier.weight")
+    message = error("train", "--data", data, "--output", tmp_path / "no", *values[:-1], f"model.pretrained={data}")
+    assert f"model.pretrained: {data}: no best.safetensors: it is no run whose training has ended" in message
+
+
+@pytest.mark.parametrize("folder", ["bounding_box_train", "query", "bounding_box_test"])
+def test_damaged_images_are_said_before_the_training(tmp_path: Path, data: Path, folder: str) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    first, *_, last = sorted((tmp_path / "data" / folder).iterdir())
+    for image in (first, last):
+        image.write_bytes(image.read_bytes()[:60])
+    message = error("train", "--data", tmp_path / "data", "--output", tmp_path / "run", *TINY, *BASELINE)
+    assert f"{first}: cannot be read as an image" in message
+    assert "and 1 more of 48 images" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_test_that_cannot_be_taken_is_said_at_the_start(tmp_path: Path, data: Path) -> None:
+    one, alone = tmp_path / "one", tmp_path / "alone"
+    shutil.copytree(data, one)
+    for image in [*one.glob("query/*_c2s1_*"), *one.glob("bounding_box_test/*_c2s1_*")]:
+        image.unlink()
+    shutil.copytree(data / "bounding_box_train", alone / "bounding_box_train")
+    sources = ("--data", one, "--data", alone, "--output", tmp_path / "run", "--device", "cpu")
+    text = run("train", *sources, *TINY, *BASELINE, "train.steps=1")
+    told = [line for line in text.splitlines() if line.startswith("note: ") and "own test" in line]
+    assert "note: one: there will be no own test: no query has an image of its identity from another camera" in told[0]
+    assert "--ignore-cameras" in told[0]
+    assert (
+        told[1] == "note: alone: there will be no own test: it has no query and gallery apart from the training images"
+    )
+    assert text.index(told[1]) < text.index("baseline")
+    assert Run(tmp_path / "run").info()["own_test"] == {}
+
+
 def test_run_goes_on_with_the_images_that_it_began_with(tmp_path: Path, data: Path) -> None:
     """Another file would shift the batches without a word, another identity the classifier's rows."""
     folder = tmp_path / "data"
