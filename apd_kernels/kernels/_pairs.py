@@ -41,10 +41,10 @@ from torch import Tensor
 from apd_kernels._core.operands import Operands
 from apd_kernels._core.pairing import Pairing
 from apd_kernels.kernels._launch import launch, row_stride
-from apd_kernels.kernels._weighted_rows import add_weighted_rows, weight_blocks
 from apd_kernels.kernels._pairing import anchor_values, pair_masks, pairing_arguments
 from apd_kernels.kernels._split import column_key, in_units_of, split_product, unscaled
 from apd_kernels.kernels._tiles import MAX_SPLITS, nan_as, per_difference, product
+from apd_kernels.kernels._weighted_rows import add_weighted_rows, weight_blocks
 from apd_kernels.kernels.prepared import tiles_of
 
 
@@ -313,11 +313,13 @@ def reduce_triangle(
 
 @triton.jit(do_not_specialize=["start", "stop", "N", "M", "height"], repr=_weights_name)
 def weigh_tiles(
-    x, y, sides, pairing, given, weights, start, stop, N, M, D, width, height, one,
+    x, y, sides, pairing, given, out, start, stop, N, M, D, height, one,
     REDUCTION: tl.constexpr, METRIC: tl.constexpr, RULES: tl.constexpr, PRODUCT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """The weights of the anchors from `start` to `stop`, (sets, height, width): 0 in the padding. Rows as they are."""
+    """Less the weights of the differences of the anchors from `start` to `stop`, 0 in the padding, to `out`: (sets,
+    height, width) and width. Of rows as they are."""
+    weights, width = out
     x_stride, y_stride = sides[5], sides[6]
     s = tl.program_id(2).to(tl.int64)
     place = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -450,8 +452,8 @@ def add_weighted_pairs(
         grid = (triton.cdiv(width, _WEIGHTS["BN"]), triton.cdiv(block.stop - block.start, _WEIGHTS["BM"]), sets)
         launch(
             weigh_tiles, grid,
-            sides.x, sides.y, sides.terms, tensors, given, weights, block.start, block.stop, n, m, sides.dimension,
-            width, height, 1.0,
+            sides.x, sides.y, sides.terms, tensors, given, (weights, width), block.start, block.stop, n, m,
+            sides.dimension, height, 1.0,
             REDUCTION=reduction, METRIC=metric, RULES=rules, PRODUCT=sides.product, **sides.options,
         )  # fmt: skip
         add_weighted_rows(for_x, for_y, weights, a, b, block, precision, less_own=metric < 2)
