@@ -20,8 +20,8 @@ Of mining, whose keys only order the columns of a row, and which remembers place
 
 Of what keeps no state, with similarities as keys:
 
-    place(given, N, M, BM, BN)                       the first row and column of a program's tile, and the columns' step
-    visit(key, row, column, rows, columns, given, out, N, M, BN)
+    place(given, N, M, number, BM, BN)               the first row and column of a program's tile, and the columns' step
+    visit(key, row, column, rows, columns, given, out, N, M, number, BM, BN)
 
 Arguments are bundled: a launch takes time for each of them, and Triton 3.6 to 3.8 compile the members of a tuple to
 what they are one by one.
@@ -46,6 +46,8 @@ from apd_kernels.kernels._split import column_key, in_units_of, split_product, u
 from apd_kernels.kernels._tiles import MAX_SPLITS, nan_as, per_difference, product
 from apd_kernels.kernels._weighted_rows import add_weighted_rows, weight_blocks
 from apd_kernels.kernels.prepared import tiles_of
+
+GROUP = tl.constexpr(8)  # row tiles that walk the columns together, so that both are read from the L2 cache
 
 
 class Reduction:
@@ -90,6 +92,13 @@ def grouped_tile(t, height, width, GROUP: tl.constexpr):
     rows = tl.minimum(height - band * GROUP, GROUP)
     within = t % (GROUP * width)
     return band * GROUP + within % rows, within // rows
+
+
+@triton.jit
+def grouped_place(given, N, M, number, BM: tl.constexpr, BN: tl.constexpr):
+    """All tiles, one a program."""
+    row, column = grouped_tile(tl.program_id(0), tl.cdiv(N, BM), tl.cdiv(M, BN), GROUP)
+    return row * BM, column * BN, 1
 
 
 @triton.jit
@@ -341,14 +350,14 @@ def weigh_tiles(
     tl.store(weights, w, mask=row_mask[:, None] & (columns < width)[None, :])
 
 
-@triton.jit(do_not_specialize=["N", "M"], repr=_name)
+@triton.jit(do_not_specialize=["N", "M", "number"], repr=_name)
 def visit_tiles(
-    x, y, sides, given, out, N, M, D, one,
+    x, y, sides, given, out, N, M, D, number, one,
     REDUCTION: tl.constexpr, PRODUCT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of one set of rows, with the similarities x·y − ½‖y‖² as keys (x·y without half squares)."""
     _, y_half, x_root, y_root, _, x_stride, y_stride = sides
-    row, column, step = REDUCTION.place(given, N, M, BM, BN)
+    row, column, step = REDUCTION.place(given, N, M, number, BM, BN)
     rows, columns = row + tl.arange(0, BM), column + step * tl.arange(0, BN)
     if PRODUCT[1]:  # prepared
         s = split_product(x, y, row, column, N - 1, M - 1, D, one, PRODUCT[0], PRODUCT[2], PRODUCT[3], BM, BN, BK)
@@ -362,7 +371,7 @@ def visit_tiles(
         s -= tl.load(y_half + columns, mask=columns < M, other=0.0)[None, :]
     # Anew: those from before the product would cost two instructions an element of the tile on sm_90.
     rows, columns = row + tl.arange(0, BM), column + step * tl.arange(0, BN)
-    REDUCTION.visit(s, row, column, rows, columns, given, out, N, M, BN)
+    REDUCTION.visit(s, row, column, rows, columns, given, out, N, M, number, BM, BN)
 
 
 class Sides(NamedTuple):

@@ -27,28 +27,21 @@ from apd_kernels._core.operands import Operands
 from apd_kernels.evaluation.retrieval_metrics import tiles_of_pairs
 from apd_kernels.kernels import prepared
 from apd_kernels.kernels._launch import launch
-from apd_kernels.kernels._pairs import Reduction, grouped_tile, sides_of_parts, visit_tiles
+from apd_kernels.kernels._pairs import Reduction, grouped_place, sides_of_parts, visit_tiles
 
-GROUP = tl.constexpr(8)  # row blocks that walk the gallery together, so that a gallery tile is read from L2
 # An estimate: a product of 2048 dimensions takes an H100's multiprocessor as long as some fifty thresholds.
 LIST = 128
 
 
 @triton.jit
-def _listed_tile(given, Q, G, BM: tl.constexpr, BN: tl.constexpr):
+def _listed_tile(given, Q, G, _, BM: tl.constexpr, BN: tl.constexpr):
     tile = tl.load(given[3] + tl.program_id(0))
     across = tl.cdiv(G, BN)
     return (tile // across).to(tl.int32) * BM, (tile % across).to(tl.int32) * BN, 1
 
 
 @triton.jit
-def _grouped_tile(given, Q, G, BM: tl.constexpr, BN: tl.constexpr):
-    row, column = grouped_tile(tl.program_id(0), tl.cdiv(Q, BM), tl.cdiv(G, BN), GROUP)
-    return row * BM, column * BN, 1
-
-
-@triton.jit
-def _store_same_identity(s, row, column, rows, columns, given, out, Q, G, BN: tl.constexpr):
+def _store_same_identity(s, row, column, rows, columns, given, out, Q, G, _, BM: tl.constexpr, BN: tl.constexpr):
     first, last, starts, _ = given
     s = tl.maximum(s, -3.4028234663852886e38)  # infinitely far, but there
     row_mask = rows < Q
@@ -65,7 +58,7 @@ def _store_same_identity(s, row, column, rows, columns, given, out, Q, G, BN: tl
 
 
 @triton.jit
-def _count_reaching(s, row, column, rows, columns, given, out, Q, G, BN: tl.constexpr):
+def _count_reaching(s, row, column, rows, columns, given, out, Q, G, _, BM: tl.constexpr, BN: tl.constexpr):
     first, last, thresholds, starts, stops = given
     s = tl.maximum(s, -3.4028234663852886e38)  # infinitely far, but there
     row_mask = rows < Q
@@ -95,7 +88,7 @@ def _count_reaching(s, row, column, rows, columns, given, out, Q, G, BN: tl.cons
 
 
 _SAME_IDENTITY = Reduction("_same_identity", place=_listed_tile, visit=_store_same_identity)
-_COUNT_NEGATIVES = Reduction("_count_negatives", place=_grouped_tile, visit=_count_reaching)
+_COUNT_NEGATIVES = Reduction("_count_negatives", place=grouped_place, visit=_count_reaching)
 
 
 def prepared_rows(rows: Tensor, half_squares: Tensor | None, precision: str) -> Operands:
@@ -168,8 +161,9 @@ def _visit(
     sides = sides_of_parts(query, gallery, _options(gallery))
     assert query.parts is not None
     assert gallery.parts is not None
+    rows, columns = query.parts.shape[0], gallery.parts.shape[0]
     launch(
         visit_tiles, (programs,),
-        sides.x, sides.y, sides.terms, given, out, query.parts.shape[0], gallery.parts.shape[0], sides.dimension, 1.0,
+        sides.x, sides.y, sides.terms, given, out, rows, columns, sides.dimension, 0, 1.0,
         REDUCTION=reduction, PRODUCT=sides.product, **sides.options,
     )  # fmt: skip

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import re
 import runpy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -310,3 +312,19 @@ def test_refused_reducers() -> None:
         PairReducer(start=(0.0,), tile=tile, combine=3)
     with pytest.raises(ValueError, match=r"start: expected at least one number, got \(\)"):
         PairReducer(start=(), tile=tile, combine=combine)
+
+
+def test_without_triton() -> None:
+    """The same reducers where Triton is not installed."""
+    code = """import runpy, sys
+sys.modules["triton"] = None
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    example = str(ROOT / "examples" / "pair_losses.py")
+    without, with_it = (
+        subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+        for command in ([sys.executable, "-c", code, example], [sys.executable, example])
+    )
+    assert without == with_it
+    assert without.count("_loss: ") == 3
