@@ -325,6 +325,7 @@ def weigh_tiles(
     height, width) and width. Of rows as they are."""
     weights, width = out
     x_stride, y_stride = sides[5], sides[6]
+    FORM: tl.constexpr = PRODUCT[0]  # as an argument Triton 3.6 takes no string out of a tuple
     s = tl.program_id(2).to(tl.int64)
     place = tl.program_id(1) * BM + tl.arange(0, BM)
     rows = start + place
@@ -333,7 +334,7 @@ def weigh_tiles(
     x += s * N * x_stride
     y += s * M * y_stride
     acc, xx, yy = product(x, y, rows, columns, row_mask, column_mask, D, x_stride, y_stride, one,
-                          BM, BN, BK, PRODUCT[0], METRIC < 2)  # fmt: skip
+                          BM, BN, BK, FORM, METRIC < 2)  # fmt: skip
     d = distance_tile(acc, xx, yy, METRIC)
     anchor = anchor_values(pairing[0], pairing[2], pairing[3], rows, row_mask)
     positive, negative = _masks(anchor, pairing, rows, columns, row_mask, column_mask, RULES)
@@ -352,16 +353,17 @@ def visit_tiles(
 ):  # fmt: skip
     """One program a tile of one set of rows, with the similarities x·y − ½‖y‖² as keys (x·y without half squares)."""
     _, y_half, x_root, y_root, _, x_stride, y_stride = sides
+    FORM: tl.constexpr = PRODUCT[0]
     row, column, step = REDUCTION.place(given, N, M, number, BM, BN)
     rows, columns = row + tl.arange(0, BM), column + step * tl.arange(0, BN)
     if PRODUCT[1]:  # prepared
-        s = split_product(x, y, row, column, N - 1, M - 1, D, one, PRODUCT[0], PRODUCT[2], PRODUCT[3], BM, BN, BK)
-        if PRODUCT[0] == "split":
+        s = split_product(x, y, row, column, N - 1, M - 1, D, one, FORM, PRODUCT[2], PRODUCT[3], BM, BN, BK)
+        if FORM == "split":
             s = unscaled(s, tl.load(x_root + rows, mask=rows < N, other=0.0),
                          tl.load(y_root + columns, mask=columns < M, other=0.0))  # fmt: skip
     else:
         s, _, _ = product(x, y, rows, columns, rows < N, columns < M, D, x_stride, y_stride, one,
-                          BM, BN, BK, PRODUCT[0], False)  # fmt: skip
+                          BM, BN, BK, FORM, False)  # fmt: skip
     if y_half is not None:
         s -= tl.load(y_half + columns, mask=columns < M, other=0.0)[None, :]
     # Anew: those from before the product would cost two instructions an element of the tile on sm_90.
