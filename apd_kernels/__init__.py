@@ -22,6 +22,7 @@ from apd_kernels.losses import triplet_loss
 from apd_kernels.memory import ClusterMemory, CrossBatchMemory
 from apd_kernels.mining import HardPairs, Pair, batch_hard
 from apd_kernels.paired import paired_distance
+from apd_kernels.pairs import Pairing, PairReducer, pair_reduce
 from apd_kernels.perturbation_loss import metric_perturbation_loss
 from apd_kernels.prepared import prepare_rows
 from apd_kernels.ssd import DisentangledMaps, identity_derangement, ssd_mask
@@ -40,6 +41,8 @@ __all__ = [
     "HardPairs",
     "Neighbors",
     "Pair",
+    "PairReducer",
+    "Pairing",
     "PreparedRows",
     "RankAccumulator",
     "RankMetrics",
@@ -58,6 +61,7 @@ __all__ = [
     "metric_perturb",
     "metric_perturbation_loss",
     "nn",
+    "pair_reduce",
     "paired_distance",
     "pairwise_distance",
     "prepare_rows",

@@ -69,8 +69,8 @@ def compile_tiles(cases: Sequence[str], architecture: int, kernels: Sequence[str
     first: dict[tuple[Any, ...], Any] = {}
     for case in cases:
         for launch in _recorded(case, architecture):
-            if launch.kernel.__name__ in kernels:
-                first.setdefault((launch.kernel.__name__, *_sizes(launch)), launch)
+            if launch.name in kernels:
+                first.setdefault((launch.name, *_sizes(launch)), launch)
     return [_compile(launch, architecture) for launch in first.values()]
 
 
@@ -83,7 +83,7 @@ def float_operations(case: str, architecture: int) -> dict[str, float]:
             with _file_of(_build(launch, architecture).asm["cubin"]) as cubin:
                 code = _cuobjdump("-sass", cubin)
             elements = options["BM"] * options["BN"] // (32 * options.get("num_warps", 4))
-            found[launch.kernel.__name__] = len(re.findall(r"\b(?:FFMA|FADD)2?\b", code)) / elements
+            found[launch.name] = len(re.findall(r"\b(?:FFMA|FADD)2?\b", code)) / elements
     return found
 
 
@@ -100,7 +100,7 @@ def compile_for_gfx942(case: str) -> dict[str, tuple[int, int]]:
         compiled = triton.compile(source, target=GPUTarget("hip", "gfx942", 64), options=options)
         code = compiled.asm["amdgcn"]
         (spilled,) = re.findall(r"\.vgpr_spill_count:\s+(\d+)", code)
-        found[launch.kernel.__name__] = int(spilled), code.count("v_mfma")
+        found[launch.name] = int(spilled), code.count("v_mfma")
     return found
 
 
@@ -108,7 +108,7 @@ def specialisations(case: str, architecture: int) -> dict[str, int]:
     """How many different binaries of each kernel the launches of ``<module>:<function>`` need."""
     keys: dict[str, set[str]] = {}
     for launch in _recorded(case, architecture):
-        keys.setdefault(launch.kernel.__name__, set()).add(repr(_specialisation(launch)))
+        keys.setdefault(launch.name, set()).add(repr(_specialisation(launch)))
     return {kernel: len(distinct) for kernel, distinct in keys.items()}
 
 
@@ -153,7 +153,7 @@ def _build(launch: Any, architecture: int) -> Any:
 
 def _compile(launch: Any, architecture: int) -> Compiled:
     """Once in a process, whatever cases launch it."""
-    name = launch.kernel.__name__
+    name = launch.name
     key = name, repr(_specialisation(launch)), architecture
     if key not in _compiled:
         built = _build(launch, architecture)

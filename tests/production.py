@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import example_losses
 import torch
 
 from apd_kernels._core.operands import Operands
@@ -16,6 +17,7 @@ from apd_kernels.kernels import (
     memory,
     mining,
     neighbors,
+    pairs,
     prepared,
     ranking,
     ssd,
@@ -46,6 +48,8 @@ MATRIX_KERNELS = {
     "_same_identity",
     "_weigh",
     "_weigh_weights",
+    "lifted",
+    "lifted_weights",
 }
 """Kernels built on a matrix product: they must use the tensor cores."""
 
@@ -273,6 +277,32 @@ def _weighted(x: torch.Tensor, y: torch.Tensor | None, pairing: Pairing, metric:
     choices = Operands(), pairing, metric, precision
     found = weighting.weighted_pairs(x, y, *choices)
     weighting.weighted_pairs_backward(*found[:2], *found, x, y, *choices, True, y is not None)
+
+
+def _pairs_of_losses(x: torch.Tensor, y: torch.Tensor | None, pairing: Pairing, precision: str = "fp32") -> None:
+    """The reducers of the examples."""
+    losses_of_pairs = example_losses.load()
+    for reducer, values, parameters in (
+        (losses_of_pairs.LIFTED, 0, [1.0]),
+        (losses_of_pairs.SIMILAR, 2, [2.0, 50.0, 0.5, 0.1]),
+        (losses_of_pairs.RANKS, 1, [0.01]),
+    ):
+        rows = x.shape[:-1]
+        choices = Operands(), pairing, _rows(values, *rows), parameters, reducer.key, "euclidean", precision
+        results = pairs.pair_reduce(x, y, *choices)
+        pairs.pair_reduce_backward(results, results, x, y, *choices, True, y is not None)
+
+
+@case
+def pair_reduce() -> None:
+    _pairs_of_losses(_rows(4096, 2048), None, Pairing(_indices(4096)))
+    _pairs_of_losses(_rows(256, 2048), _rows(8192, 2048), _ruled(256, 8192), "tf32")
+
+
+@over_sizes
+def pair_reduce_over_sizes() -> None:
+    for n in range(1, 301):
+        _pairs_of_losses(_rows(n, 2048), None, Pairing(_indices(n)))
 
 
 @case

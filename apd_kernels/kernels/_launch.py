@@ -31,6 +31,12 @@ class Launch:
     arguments: tuple[Any, ...]
     options: dict[str, Any]
 
+    @property
+    def name(self) -> str:
+        """The kernel's; of a walk over pairs (see _pairs.py) that of its reduction."""
+        reduction, name = self.options.get("REDUCTION"), str(self.kernel.__name__)
+        return name if reduction is None else str(reduction.name_of(name))
+
 
 @dataclass
 class _Recording:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -58,8 +56,9 @@ def pair_masks(
     return positive, negative
 
 
-def pairing_arguments(pairing: Pairing) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
-    """(labels, y_labels, own, domains, y_domains, y_valid) contiguous, without y those of x; and the constants."""
+def pairing_arguments(pairing: Pairing) -> tuple[tuple[Tensor | None, ...], tuple[bool, int, int]]:
+    """(labels, y_labels, own, domains, y_domains, y_valid) contiguous, without y those of x; and the rules: whether
+    anchors are rows of y in their places, and the numbers of the domain rules."""
     labels, y_labels, own, domains, y_domains, y_valid, positives, negatives = pairing
     labels = labels.contiguous()
     domains = None if domains is None else domains.contiguous()
@@ -71,9 +70,4 @@ def pairing_arguments(pairing: Pairing) -> tuple[tuple[Tensor | None, ...], dict
         domains if y_domains is None else y_domains.contiguous(),
         None if y_valid is None else y_valid.contiguous(),
     )
-    constants = {
-        "SELF": y_labels is None,
-        "POSITIVES": RULE_NUMBER[positives],
-        "NEGATIVES": RULE_NUMBER[negatives],
-    }
-    return tensors, constants
+    return tensors, (y_labels is None, RULE_NUMBER[positives], RULE_NUMBER[negatives])

@@ -121,6 +121,18 @@ def row_distance(x_row, y_row, D, METRIC: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
+def per_difference(slope, d, METRIC: tl.constexpr):
+    """Weight of a row difference: slope/d (euclidean, 0 at d = 0), 2·slope (sqeuclidean), slope."""
+    if METRIC == 0:
+        weight = tl.where((d == 0) | (slope == 0), 0.0, slope / tl.where(d == 0, 1.0, d))
+    elif METRIC == 1:
+        weight = 2 * slope
+    else:
+        weight = slope
+    return weight
+
+
+@triton.jit
 def add_chosen(
     acc,
     row_values,

@@ -18,18 +18,16 @@ from torch import Tensor
 
 from apd_kernels._core.operands import Operands
 from apd_kernels._core.pairing import Pairing
-from apd_kernels.kernels._launch import dot_precision, launch, row_stride, sets_of_rows
-from apd_kernels.kernels._logsumexp import (
-    MAX_SPLITS,
-    add_logits,
-    add_weighted_rows,
-    column_splits,
-    merged,
-    split_values,
-    weight_blocks,
+from apd_kernels.kernels._launch import dot_precision, launch, sets_of_rows
+from apd_kernels.kernels._pairs import (
+    Reduction,
+    add_weighted_pairs,
+    exponentials,
+    log_sum_exp,
+    reduced,
+    shared_scale,
 )
-from apd_kernels.kernels._pairing import anchor_values, pair_masks, pairing_arguments
-from apd_kernels.kernels._tiles import product
+from apd_kernels.kernels.distance import METRIC_NUMBER
 from apd_kernels.kernels.losses import sigmoid, softplus
 
 
@@ -41,75 +39,86 @@ def circle_logits(s, positive, gamma, margin):
     return by_u * (u - margin), by_u
 
 
-@triton.jit(do_not_specialize=["N", "M", "tiles_per_split", "splits", "scale", "margin"])
-def _contrast(
-    x, y, labels, y_labels, own, domains, y_domains, y_valid, sums, N, M, D, x_stride, y_stride,
-    tiles_per_split, splits, scale, margin, one,
-    CIRCLE: tl.constexpr, SELF: tl.constexpr, POSITIVES: tl.constexpr, NEGATIVES: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """Sums over one split's columns, written to [which, set, split, row]: largest and total of the positives and of the
-    negatives for CIRCLE, else largest and total of both, the positives' logits and their number."""
-    split = tl.program_id(1)
-    s = tl.program_id(2).to(tl.int64)
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    row_mask = rows < N
-    x += s * N * x_stride
-    y += s * M * y_stride
-    label, own_row, domain = anchor_values(labels, own, domains, rows, row_mask)
-    largest = tl.full((BM,), -float("inf"), tl.float32)
-    total = tl.zeros((BM,), tl.float32)
-    third = tl.full((BM,), -float("inf") if CIRCLE else 0.0, tl.float32)
-    fourth = tl.zeros((BM,), tl.float32)
-    first = split * tiles_per_split * BN
-    for n0 in range(first, tl.minimum(first + tiles_per_split * BN, M), BN):
-        columns = n0 + tl.arange(0, BN)
-        column_mask = columns < M
-        acc, _, _ = product(x, y, rows, columns, row_mask, column_mask, D, x_stride, y_stride, one,
-                            BM, BN, BK, PRECISION, False)  # fmt: skip
-        positive, negative = pair_masks(label, own_row, domain, y_labels, own, y_domains, y_valid, rows, columns,
-                                        row_mask, column_mask, SELF, POSITIVES, NEGATIVES)  # fmt: skip
-        if CIRCLE:
-            logits, _ = circle_logits(acc, positive, scale, margin)
-            largest, total, _, _ = add_logits(largest, total, logits, positive)
-            third, fourth, _, _ = add_logits(third, fourth, logits, negative)
-        else:
-            logits = acc * scale
-            largest, total, _, _ = add_logits(largest, total, logits, positive | negative)
-            third += tl.sum(tl.where(positive, logits, 0.0), 1)
-            fourth += tl.sum(positive.to(tl.float32), 1)
-    at = (s * splits + split) * N + rows
-    step = tl.num_programs(2).to(tl.int64) * splits * N
-    tl.store(sums + at, largest, mask=row_mask)
-    tl.store(sums + step + at, total, mask=row_mask)
-    tl.store(sums + 2 * step + at, third, mask=row_mask)
-    tl.store(sums + 3 * step + at, fourth, mask=row_mask)
+@triton.jit
+def _circle_sums(d, positive, negative, values):
+    logits, _ = circle_logits(-d, positive, values[0], values[1])
+    largest, _, total = exponentials(logits, positive)
+    third, _, fourth = exponentials(logits, negative)
+    return largest, total, third, fourth
 
 
-@triton.jit(do_not_specialize=["N", "splits"])
-def _contrast_terms(
-    sums, terms, first, second, N, splits, CIRCLE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Terms of a block of anchors, 0 for one without its pairs. For CIRCLE `first` and `second` are LSE_p and LSE_n,
-    else LSE and the number of positives; `first` is −inf for an anchor without a term."""
-    infinity: tl.constexpr = float("inf")
-    s = tl.program_id(1).to(tl.int64)
-    sets = tl.num_programs(1).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total, log_sum, _ = merged(sums, 0, s, sets, rows, N, splits, SPLITS)
-    if CIRCLE:
-        other, result, _ = merged(sums, 2, s, sets, rows, N, splits, SPLITS)
-        valid = (total != 0) & (other != 0)
-        term = softplus(tl.where(valid, log_sum + result, 0.0))
-    else:
-        of_positives = tl.sum(split_values(sums, 2, s, sets, rows, N, splits, 0.0, SPLITS), 1)
-        result = tl.sum(split_values(sums, 3, s, sets, rows, N, splits, 0.0, SPLITS), 1)
-        valid = result > 0
-        term = log_sum - of_positives / tl.where(valid, result, 1.0)
-    at, mask = s * N + rows, rows < N
-    tl.store(terms + at, tl.where(valid, term, 0.0), mask=mask)
-    tl.store(first + at, tl.where(valid, log_sum, -infinity), mask=mask)
-    tl.store(second + at, tl.where(valid, result, 1.0), mask=mask)
+@triton.jit
+def _circle_added(state, later):
+    largest, f, g = shared_scale(state[0], later[0])
+    third, h, k = shared_scale(state[2], later[2])
+    return largest, state[1] * f + later[1] * g, third, state[3] * h + later[3] * k
+
+
+@triton.jit
+def _circle_terms(state, values):
+    """The term, 0 for an anchor without its pairs, LSE_p, −inf for such a one, and LSE_n."""
+    valid = (state[1] != 0) & (state[3] != 0)
+    of_positives, of_negatives = log_sum_exp(state[0], state[1]), log_sum_exp(state[2], state[3])
+    term = softplus(tl.where(valid, of_positives + of_negatives, 0.0))
+    return (
+        tl.where(valid, term, 0.0), tl.where(valid, of_positives, -float("inf")), tl.where(valid, of_negatives, 1.0)
+    )  # fmt: skip
+
+
+@triton.jit
+def _circle_slopes(d, positive, negative, values, results, gradients):
+    _, log_sum, of_negatives = results
+    paired = (positive | negative) & (log_sum != -float("inf"))
+    logits, by_u = circle_logits(-d, positive, values[0], values[1])
+    outer = sigmoid(tl.where(log_sum == -float("inf"), 0.0, log_sum + of_negatives))
+    of_side = tl.where(positive, log_sum, of_negatives)
+    w = outer * by_u * tl.exp(tl.where(paired, logits - of_side, 0.0))
+    return tl.where(paired, tl.where(positive, w, -w), 0.0)
+
+
+@triton.jit
+def _contrastive_sums(d, positive, negative, values):
+    """Largest and total of all, the positives' logits and their number."""
+    logits = -d * values[0]
+    largest, _, total = exponentials(logits, positive | negative)
+    return largest, total, tl.sum(tl.where(positive, logits, 0.0), 1), tl.sum(positive.to(tl.float32), 1)
+
+
+@triton.jit
+def _contrastive_added(state, later):
+    largest, f, g = shared_scale(state[0], later[0])
+    return largest, state[1] * f + later[1] * g, state[2] + later[2], state[3] + later[3]
+
+
+@triton.jit
+def _contrastive_terms(state, values):
+    """The term, 0 for an anchor without a positive, LSE, −inf for such a one, and the number of positives."""
+    largest, total, of_positives, count = state
+    valid = count > 0
+    log_sum = log_sum_exp(largest, total)
+    term = log_sum - of_positives / tl.where(valid, count, 1.0)
+    return tl.where(valid, term, 0.0), tl.where(valid, log_sum, -float("inf")), tl.where(valid, count, 1.0)
+
+
+@triton.jit
+def _contrastive_slopes(d, positive, negative, values, results, gradients):
+    _, log_sum, count = results
+    paired = (positive | negative) & (log_sum != -float("inf"))
+    softmax = tl.exp(tl.where(paired, -d * values[0] - log_sum, 0.0))
+    return tl.where(paired, values[0] * (tl.where(positive, 1.0 / tl.maximum(count, 1.0), 0.0) - softmax), 0.0)
+
+
+_nothing = -float("inf")
+_REDUCTIONS = {
+    "circle": Reduction(
+        "_contrast", start=(_nothing, 0.0, _nothing, 0.0),
+        tile=_circle_sums, combine=_circle_added, finish=_circle_terms, weights=_circle_slopes,
+    ),
+    "contrastive": Reduction(
+        "_contrast", start=(_nothing, 0.0, 0.0, 0.0),
+        tile=_contrastive_sums, combine=_contrastive_added, finish=_contrastive_terms, weights=_contrastive_slopes,
+    ),
+}  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -125,42 +134,6 @@ def _contrast_mean(terms, first, loss, share, N, BLOCK: tl.constexpr):
     scale = 1.0 / tl.maximum(tl.sum(count, 0), 1).to(tl.float32)
     tl.store(loss + s, tl.sum(total, 0) * scale)
     tl.store(share + s, scale)
-
-
-@triton.jit(do_not_specialize=["start", "stop", "N", "M", "height", "scale", "margin"])
-def _contrast_weights(
-    x, y, labels, y_labels, own, domains, y_domains, y_valid, first, second, weights,
-    start, stop, N, M, D, width, height, x_stride, y_stride, scale, margin, one,
-    CIRCLE: tl.constexpr, SELF: tl.constexpr, POSITIVES: tl.constexpr, NEGATIVES: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """w_ij of the anchors from `start` to `stop`; 0 in the padding."""
-    s = tl.program_id(2).to(tl.int64)
-    place = tl.program_id(1) * BM + tl.arange(0, BM)
-    rows = start + place
-    columns = tl.program_id(0) * BN + tl.arange(0, BN)
-    row_mask, column_mask = rows < stop, columns < M
-    x += s * N * x_stride
-    y += s * M * y_stride
-    acc, _, _ = product(x, y, rows, columns, row_mask, column_mask, D, x_stride, y_stride, one,
-                        BM, BN, BK, PRECISION, False)  # fmt: skip
-    label, own_row, domain = anchor_values(labels, own, domains, rows, row_mask)
-    positive, negative = pair_masks(label, own_row, domain, y_labels, own, y_domains, y_valid, rows, columns,
-                                    row_mask, column_mask, SELF, POSITIVES, NEGATIVES)  # fmt: skip
-    log_sum = tl.load(first + s * N + rows, mask=row_mask, other=-float("inf"))
-    result = tl.load(second + s * N + rows, mask=row_mask, other=1.0)
-    paired = (positive | negative) & (log_sum != -float("inf"))[:, None]
-    if CIRCLE:
-        logits, by_u = circle_logits(acc, positive, scale, margin)
-        outer = sigmoid(tl.where(log_sum == -float("inf"), 0.0, log_sum + result))[:, None]
-        of_side = tl.where(positive, log_sum[:, None], result[:, None])
-        w = outer * by_u * tl.exp(tl.where(paired, logits - of_side, 0.0))
-        w = tl.where(positive, -w, w)
-    else:
-        softmax = tl.exp(tl.where(paired, acc * scale - log_sum[:, None], 0.0))
-        w = scale * (softmax - tl.where(positive, 1.0 / result[:, None], 0.0))
-    weights += (s * height + place)[:, None] * width + columns[None, :]
-    tl.store(weights, tl.where(paired, w, 0.0), mask=row_mask[:, None] & (columns < width)[None, :])
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -184,47 +157,22 @@ def contrastive_loss(
     needs_x: bool,
     needs_y: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch `_contrast`, `_contrast_terms`, `_contrast_mean`; for gradients, `_contrast_weights` and sums by block."""
+    """Launch `_contrast`, `_contrast_merge`, `_contrast_mean`; for gradients, `_contrast_weights` and sums by block."""
     a = sets_of_rows(x)
     b = a if y is None else sets_of_rows(y)
-    sets, n, dimension = a.shape
-    m = b.shape[1]
+    sets, n, _ = a.shape
     for_x = torch.zeros(x.shape if needs_x else 0, dtype=torch.float32, device=x.device)
     for_y = torch.zeros(0 if y is None or not needs_y else y.shape, dtype=torch.float32, device=x.device)
-    if m == 0:
+    if b.shape[1] == 0:
         loss = torch.zeros(x.shape[:-2], dtype=torch.float32, device=x.device)
         return loss, torch.ones_like(loss), for_x, for_y
     loss, share = (torch.empty(x.shape[:-2], dtype=torch.float32, device=x.device) for _ in range(2))
-    tensors, constants = pairing_arguments(pairing)
-    constants.update(CIRCLE=form == "circle", PRECISION=dot_precision(a, precision))
-    BM, BN, BK = 64, 32, 32
-    row_tiles = triton.cdiv(n, BM)
-    splits, tiles_per_split = column_splits(row_tiles, triton.cdiv(m, BN), sets)
-    sums = torch.empty(4, sets, splits, n, dtype=torch.float32, device=x.device)
-    terms, first, second = (torch.empty(sets, n, dtype=torch.float32, device=x.device) for _ in range(3))
-    launch(
-        _contrast, (row_tiles, splits, sets),
-        a, b, *tensors, sums, n, m, dimension, row_stride(a), row_stride(b),
-        tiles_per_split, splits, scale, margin, 1.0,
-        **constants, BM=BM, BN=BN, BK=BK, num_warps=8, num_stages=3,
-    )  # fmt: skip
-    BLOCK = 16
-    launch(
-        _contrast_terms, (triton.cdiv(n, BLOCK), sets), sums, terms, first, second, n, splits,
-        CIRCLE=form == "circle", SPLITS=MAX_SPLITS, BLOCK=BLOCK, num_warps=4,
-    )  # fmt: skip
-    launch(_contrast_mean, (sets,), terms, first, loss, share, n, BLOCK=1024, num_warps=4)
+    choices = a, b, pairing, METRIC_NUMBER["dot"], dot_precision(a, precision)
+    results = reduced(_REDUCTIONS[form], *choices, 3, (), (scale, margin))
+    launch(_contrast_mean, (sets,), *results[:2], loss, share, n, BLOCK=1024, num_warps=4)
     if needs_x or needs_y:
-        for block, weights in weight_blocks(n, m, sets, x.device):
-            _, height, width = weights.shape
-            BM, BN, BK = 64, 64, 32
-            launch(
-                _contrast_weights, (triton.cdiv(width, BN), triton.cdiv(block.stop - block.start, BM), sets),
-                a, b, *tensors, first, second, weights, block.start, block.stop, n, m, dimension, width, height,
-                row_stride(a), row_stride(b), scale, margin, 1.0,
-                **constants, BM=BM, BN=BN, BK=BK, num_warps=8, num_stages=3,
-            )  # fmt: skip
-            add_weighted_rows(for_x, for_x if y is None else for_y, weights, a, b, block, precision, less_own=False)
+        given = (), (scale, margin), results, ()
+        add_weighted_pairs(for_x, for_x if y is None else for_y, _REDUCTIONS[form], *choices, precision, given)
     return loss, share, for_x, for_y
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from apd_kernels._core.operands import Operands
 from apd_kernels.kernels._launch import dot_precision, launch, row_stride, sets_of_rows
+from apd_kernels.kernels._pairs import grouped_tile
 from apd_kernels.kernels._split import (
     half_squared_distance,
     high_and_low,
@@ -77,15 +78,6 @@ def _distance(
         d = -acc
     out += s * N * M + rows.to(tl.int64)[:, None] * M + columns[None, :]
     tl.store(out, d, mask=row_mask[:, None] & column_mask[None, :])
-
-
-@triton.jit
-def grouped_tile(t, height, width, GROUP: tl.constexpr):
-    """Row and column of the t-th of height × width tiles, in bands of GROUP rows, column by column."""
-    band = t // (GROUP * width)
-    rows = tl.minimum(height - band * GROUP, GROUP)
-    within = t % (GROUP * width)
-    return band * GROUP + within % rows, within // rows
 
 
 @triton.jit

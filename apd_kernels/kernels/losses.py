@@ -16,6 +16,7 @@ from apd_kernels._core.operands import Operands
 from apd_kernels._core.pairing import Pairing
 from apd_kernels.kernels import mining
 from apd_kernels.kernels._launch import launch, row_stride, sets_of_rows
+from apd_kernels.kernels._tiles import per_difference
 from apd_kernels.kernels.distance import METRIC_NUMBER
 from apd_kernels.kernels.mining import winner_distances
 
@@ -34,18 +35,6 @@ def sigmoid(t):
     """1 / (1 + e^−t) without overflow."""
     small = tl.exp(-tl.abs(t))
     return tl.where(t < 0, small / (1 + small), 1 / (1 + small))
-
-
-@triton.jit
-def per_difference(slope, d, METRIC: tl.constexpr):
-    """Weight of a row difference: slope/d (euclidean, 0 at d = 0), 2·slope (sqeuclidean), slope."""
-    if METRIC == 0:
-        weight = tl.where((d == 0) | (slope == 0), 0.0, slope / tl.where(d == 0, 1.0, d))
-    elif METRIC == 1:
-        weight = 2 * slope
-    else:
-        weight = slope
-    return weight
 
 
 @triton.jit

@@ -24,12 +24,19 @@ from torch import Tensor
 from apd_kernels._core.operands import Operands
 from apd_kernels._core.pairing import Pairing
 from apd_kernels.kernels._launch import dot_precision, launch, row_stride, sets_of_rows
-from apd_kernels.kernels._pairing import anchor_values, pair_masks, pairing_arguments
-from apd_kernels.kernels._split import column_key, in_units_of, split_product
-from apd_kernels.kernels._tiles import MAX_SPLITS, add_chosen, nan_as, product, row_distance
+from apd_kernels.kernels._pairing import pairing_arguments
+from apd_kernels.kernels._pairs import (
+    Reduction,
+    column_splits,
+    reduce_rows,
+    reduce_triangle,
+    sides_of_parts,
+    sides_of_rows,
+)
+from apd_kernels.kernels._tiles import MAX_SPLITS, add_chosen, nan_as, row_distance
 from apd_kernels.kernels._tuning import tile
 from apd_kernels.kernels.distance import METRIC_NUMBER
-from apd_kernels.kernels.prepared import PADDED, operands, pays_to_split, product_options, rows_kernel, tiles_of
+from apd_kernels.kernels.prepared import operands, pays_to_split, product_options, rows_kernel
 
 # x against itself by tiles above the diagonal: below, there are too few tiles to fill a GPU twice; above, a row would
 # have more splits than `best_of_splits` reads. An estimate: no GPU has run it.
@@ -38,6 +45,12 @@ TRIANGLE_ROWS = (1024, 16384)
 SCANNED_ANCHORS = 1024
 # Sorted winners are summed in slabs, so that a row that everybody chose is not one program's work.
 SLAB = 256
+
+
+@triton.jit
+def _no_winners(BM: tl.constexpr):
+    nobody = tl.full((BM,), -1, tl.int32)
+    return tl.full((BM,), float("-inf"), tl.float32), nobody, tl.full((BM,), float("inf"), tl.float32), nobody
 
 
 @triton.jit
@@ -61,8 +74,26 @@ def best_pairs(key, positive, negative, first, AXIS: tl.constexpr):
 
 
 @triton.jit
-def store_winners(key_out, index_out, s, sets, rows, row_mask, N, split, splits, farthest, p, nearest, n):
-    """To [side, set, row, split]."""
+def _better(state, later):
+    farthest, p, nearest, n = state
+    high, high_at, low, low_at = later
+    farther, nearer = high > farthest, low < nearest  # strictly: among equals the lowest index stays
+    return (
+        tl.where(farther, high, farthest),
+        tl.where(farther, high_at, p),
+        tl.where(nearer, low, nearest),
+        tl.where(nearer, low_at, n),
+    )
+
+
+@triton.jit
+def _store_winners(state, out, s, sets, rows, row_mask, N, split, splits):
+    """Keys and indices to [side, set, row, split]; `ticket`, of each set, is what the programs of the next kernel draw
+    (or None)."""
+    key_out, index_out, ticket = out
+    if ticket is not None and tl.program_id(0) + tl.program_id(1) == 0:
+        tl.store(ticket + s, 0)
+    farthest, p, nearest, n = state
     positive_at = (s * N + rows) * splits + split
     negative_at = ((sets + s) * N + rows) * splits + split
     tl.store(key_out + positive_at, farthest, mask=row_mask)
@@ -71,137 +102,8 @@ def store_winners(key_out, index_out, s, sets, rows, row_mask, N, split, splits,
     tl.store(index_out + negative_at, n, mask=row_mask)
 
 
-@triton.jit
-def row_terms(half, root, largest, first, rows, mask, EUCLIDEAN: tl.constexpr, FORM: tl.constexpr):
-    """Factor and half square of prepared rows of one set, whose first is the `first` of all."""
-    terms = tl.where(mask, 0.0, 0.0)
-    factor = terms + 1.0
-    if EUCLIDEAN:
-        terms = tl.load(half + first + rows, mask=mask, other=0.0)
-    if FORM == "split":
-        factor, terms = in_units_of(largest, tl.load(root + first + rows, mask=mask, other=largest), terms)
-    return factor, terms
-
-
-@triton.jit
-def add_columns(
-    farthest, p, nearest, n, key, column, columns, label, own_row, domain, y_labels, own, y_domains, y_valid,
-    rows, row_mask, M,
-    SELF: tl.constexpr, POSITIVES: tl.constexpr, NEGATIVES: tl.constexpr,
-):  # fmt: skip
-    """The winners so far or those of a tile of keys whose first column is `column`."""
-    positive, negative = pair_masks(label, own_row, domain, y_labels, own, y_domains, y_valid, rows, columns,
-                                    row_mask, columns < M, SELF, POSITIVES, NEGATIVES)  # fmt: skip
-    high, high_at, low, low_at = best_pairs(key, positive, negative, column, 1)
-    better = high > farthest  # strictly: among equals the lowest index stays
-    farthest = tl.where(better, high, farthest)
-    p = tl.where(better, high_at, p)
-    better = low < nearest
-    return farthest, p, tl.where(better, low, nearest), tl.where(better, low_at, n)
-
-
-@triton.jit(do_not_specialize=["N", "M", "tiles_per_split", "splits"])
-def _mine(
-    x, y, x_half, y_half, x_root, y_root, largest, labels, y_labels, own, domains, y_domains, y_valid,
-    key_out, index_out, ticket, N, M, D, x_stride, y_stride, tiles_per_split, splits, one,
-    EUCLIDEAN: tl.constexpr, SELF: tl.constexpr, POSITIVES: tl.constexpr, NEGATIVES: tl.constexpr,
-    FORM: tl.constexpr, PREPARED: tl.constexpr, TMA: tl.constexpr, SEPARATE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """Each row's best positive and negative among one split's columns, written to [side, set, row, split].
-
-    `ticket`, of each set, is what the programs of the next kernel draw (or None)."""
-    infinity: tl.constexpr = float("inf")
-    split = tl.program_id(1)
-    s = tl.program_id(2).to(tl.int64)
-    if ticket is not None and tl.program_id(0) + split == 0:
-        tl.store(ticket + s, 0)
-    row = tl.program_id(0) * BM
-    rows = row + tl.arange(0, BM)
-    row_mask = rows < N
-    label, own_row, domain = anchor_values(labels, own, domains, rows, row_mask)
-    farthest = tl.full((BM,), -infinity, tl.float32)
-    nearest = tl.full((BM,), infinity, tl.float32)
-    p = tl.full((BM,), -1, tl.int32)
-    n = tl.full((BM,), -1, tl.int32)
-    first = split * tiles_per_split * BN
-    last = tl.minimum(first + tiles_per_split * BN, M)
-    if PREPARED:
-        unit = tl.load(largest + s) if FORM == "split" else 1.0
-        # A factor of the anchor changes no order, and might underflow: only half squares have to be in its unit.
-        x_factor, _ = row_terms(x_half, x_root, unit, s * N, rows, row_mask, EUCLIDEAN, FORM if EUCLIDEAN else "")
-        first_row, first_column = (s * N).to(tl.int32), (s * M).to(tl.int32)
-        for n0 in range(first, last, BN):
-            acc = split_product(x, y, first_row + row, first_column + n0, first_row + N - 1, first_column + M - 1, D,
-                                one, FORM, TMA, SEPARATE, BM, BN, BK)  # fmt: skip
-            # In halves: the masks and keys of a whole tile leave the registers on sm_90.
-            left, right = acc.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
-            for side in tl.static_range(2):
-                column = n0 + side * (BN // 2)
-                columns = column + tl.arange(0, BN // 2)
-                y_factor, terms = row_terms(y_half, y_root, unit, s * M, columns, columns < M, EUCLIDEAN, FORM)
-                key = column_key(left if side == 0 else right, x_factor, y_factor, terms)
-                farthest, p, nearest, n = add_columns(
-                    farthest, p, nearest, n, key, column, columns, label, own_row, domain, y_labels, own, y_domains,
-                    y_valid, rows, row_mask, M, SELF, POSITIVES, NEGATIVES,
-                )  # fmt: skip
-    else:
-        x += s * N * x_stride
-        y += s * M * y_stride
-        for n0 in range(first, last, BN):
-            columns = n0 + tl.arange(0, BN)
-            acc, _, yy = product(x, y, rows, columns, row_mask, columns < M, D, x_stride, y_stride, one,
-                                 BM, BN, BK, FORM, EUCLIDEAN)  # fmt: skip
-            key = 0.5 * yy[None, :] - acc if EUCLIDEAN else -acc
-            farthest, p, nearest, n = add_columns(
-                farthest, p, nearest, n, key, n0, columns, label, own_row, domain, y_labels, own, y_domains,
-                y_valid, rows, row_mask, M, SELF, POSITIVES, NEGATIVES,
-            )  # fmt: skip
-    store_winners(key_out, index_out, s, tl.num_programs(2), rows, row_mask, N, split, splits, farthest, p, nearest, n)
-
-
-@triton.jit(do_not_specialize=["N", "splits"])
-def _mine_triangle(
-    x, y, half, root, largest, labels, domains, key_out, index_out, ticket, N, D, x_stride, splits, one,
-    EUCLIDEAN: tl.constexpr, POSITIVES: tl.constexpr, NEGATIVES: tl.constexpr,
-    FORM: tl.constexpr, PREPARED: tl.constexpr, TMA: tl.constexpr, SEPARATE: tl.constexpr,
-    BLOCK: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """A tile on or above the diagonal: its rows' winners are its column tile's split, its columns' its row tile's."""
-    row_tile, column_tile = tl.program_id(0), tl.program_id(1)
-    if column_tile < row_tile:
-        return
-    s = tl.program_id(2).to(tl.int64)
-    sets = tl.num_programs(2)
-    if ticket is not None and row_tile + column_tile == 0:
-        tl.store(ticket + s, 0)
-    row, column = row_tile * BLOCK, column_tile * BLOCK
-    rows, columns = row + tl.arange(0, BLOCK), column + tl.arange(0, BLOCK)
-    row_mask, column_mask = rows < N, columns < N
-    label, own_row, domain = anchor_values(labels, None, domains, rows, row_mask)
-    if PREPARED:
-        first = (s * N).to(tl.int32)
-        acc = split_product(x, y, first + row, first + column, first + N - 1, first + N - 1, D, one,
-                            FORM, TMA, SEPARATE, BLOCK, BLOCK, BK)  # fmt: skip
-        unit = tl.load(largest + s) if FORM == "split" else 1.0
-        x_factor, xx = row_terms(half, root, unit, s * N, rows, row_mask, EUCLIDEAN, FORM)
-        y_factor, yy = row_terms(half, root, unit, s * N, columns, column_mask, EUCLIDEAN, FORM)
-    else:
-        x_factor, y_factor = tl.full((BLOCK,), 1.0, tl.float32), tl.full((BLOCK,), 1.0, tl.float32)
-        acc, xx, yy = product(x + s * N * x_stride, y + s * N * x_stride, rows, columns, row_mask, column_mask, D,
-                              x_stride, x_stride, one, BLOCK, BLOCK, BK, FORM, EUCLIDEAN)  # fmt: skip
-        xx, yy = 0.5 * xx, 0.5 * yy
-    positive, negative = pair_masks(label, own_row, domain, labels, None, domains, None, rows, columns,
-                                    row_mask, column_mask, True, POSITIVES, NEGATIVES)  # fmt: skip
-    # Only half squares have to be in the anchor's unit: its factor changes no order, and might underflow.
-    key = column_key(acc, x_factor if EUCLIDEAN else 0 * x_factor + 1, y_factor, yy)
-    farthest, p, nearest, n = best_pairs(key, positive, negative, column, 1)
-    store_winners(key_out, index_out, s, sets, rows, row_mask, N, column_tile, splits, farthest, p, nearest, n)
-    if row_tile < column_tile:
-        y_factor = y_factor if EUCLIDEAN else 0 * y_factor + 1
-        key = xx[:, None] - y_factor[None, :] * (x_factor[:, None] * acc)
-        farthest, p, nearest, n = best_pairs(key, positive, negative, row, 0)
-        store_winners(key_out, index_out, s, sets, columns, column_mask, N, row_tile, splits, farthest, p, nearest, n)
+_MINE = Reduction("_mine", init=_no_winners, tile=best_pairs, combine=_better, store=_store_winners)
+_MINE_TRIANGLE = Reduction("_mine_triangle", tile=best_pairs, store=_store_winners)
 
 
 @triton.jit
@@ -375,58 +277,42 @@ def mine(
     """Launch `_mine` or `_mine_triangle`, of rows or of prepared rows; `ticket`, (S,) int32, is zeroed on the way."""
     a = sets_of_rows(x)
     b = a if y is None else sets_of_rows(y)
-    sets, n, dimension = a.shape
+    sets, n, _ = a.shape
     m = b.shape[1]
     euclidean = metric in ("euclidean", "sqeuclidean")
-    tensors, constants = pairing_arguments(pairing)
     triangle = y is None and TRIANGLE_ROWS[0] <= n <= TRIANGLE_ROWS[1] and most_splits == MAX_SPLITS
     kernel = "triangle" if triangle else "mine"
-    options: dict[str, Any]
-    x_stride, y_stride = row_stride(a), row_stride(b)
-    half = root = y_half = y_root = largest = None
     if prepared is not None and (prepared.parts is not None or pays_to_split(x, y, precision)):
         own, others = operands(x, y, prepared, euclidean, precision)
-        assert own.parts is not None
-        assert others.parts is not None
-        options = _capped({"PREPARED": True, **product_options(kernel, x, precision)}, pairing)
-        a = tiles_of(own.parts, options["BM"], options["BK"], options)
-        b = tiles_of(others.parts, options["BM" if triangle else "BN"], options["BK"], options)
-        half, root, y_half, y_root = own.half, own.root, others.half, others.root
         largest = others.largest
         if euclidean and y is not None and own.largest is not None and largest is not None:
             largest = torch.maximum(own.largest, largest)  # half squares of both sides are in its unit
-        dimension = triton.cdiv(dimension, PADDED) * PADDED
-        x_stride = y_stride = 0
+        sides = sides_of_parts(own, others, _capped(product_options(kernel, x, precision), pairing), largest)
     else:
         form = dot_precision(x, precision)
         kernel = "triangle.rows" if triangle else rows_kernel("mine", x, y, form)
-        options = {"PREPARED": False, "FORM": form, "TMA": False, "SEPARATE": False, **tile(kernel, x)}
-        options = _capped(options, pairing)
+        sides = sides_of_rows(a, b, form, _capped(tile(kernel, x), pairing))
+    options = sides.options
     row_tiles = triton.cdiv(n, options["BM"])
-    if triangle:
-        splits = row_tiles
-    else:
-        column_tiles = triton.cdiv(m, options["BN"])
-        splits = max(1, min(column_tiles, most_splits, MAX_SPLITS // max(1, row_tiles * sets)))
-        tiles_per_split = triton.cdiv(column_tiles, splits)
-        splits = triton.cdiv(column_tiles, max(1, tiles_per_split))
+    splits, tiles_per_split = row_tiles, 0
+    if not triangle:
+        splits, tiles_per_split = column_splits(row_tiles, triton.cdiv(m, options["BN"]), sets, most_splits)
     key = torch.empty(2, sets, n, splits, dtype=torch.float32, device=x.device)
     index = torch.empty(2, sets, n, splits, dtype=torch.int32, device=x.device)
+    tensors, rules = pairing_arguments(pairing)
+    constants = {"METRIC": METRIC_NUMBER[metric], "RULES": rules, "PRODUCT": sides.product}
+    out = (key, index, ticket)
     if triangle:
-        labels, _, _, domains, _, _ = tensors
-        rules = {name: constants[name] for name in ("POSITIVES", "NEGATIVES")}
-        BLOCK = options.pop("BM")
         launch(
-            _mine_triangle, (row_tiles, row_tiles, sets),
-            a, b, half, root, largest, labels, domains, key, index, ticket, n, dimension, x_stride, splits, 1.0,
-            EUCLIDEAN=euclidean, **rules, BLOCK=BLOCK, **options,
+            reduce_triangle, (row_tiles, row_tiles, sets),
+            sides.x, sides.y, sides.terms, tensors, out, n, sides.dimension, 1.0,
+            REDUCTION=_MINE_TRIANGLE, **constants, BLOCK=options.pop("BM"), **options,
         )  # fmt: skip
     else:
         launch(
-            _mine, (row_tiles, splits, sets),
-            a, b, half, y_half, root, y_root, largest, *tensors, key, index, ticket,
-            n, m, dimension, x_stride, y_stride, tiles_per_split, splits, 1.0,
-            EUCLIDEAN=euclidean, **constants, **options,
+            reduce_rows, (row_tiles, splits, sets),
+            sides.x, sides.y, sides.terms, tensors, (), out, n, m, sides.dimension, tiles_per_split, 1.0,
+            REDUCTION=_MINE, **constants, **options,
         )  # fmt: skip
     return Mined(key, index, splits)
 

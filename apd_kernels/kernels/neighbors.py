@@ -17,14 +17,15 @@ same in every run. Both kernels get s from the same function with the same tile,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from apd_kernels.kernels._launch import dot_precision, launch, row_stride, sets_of_rows
-from apd_kernels.kernels._tiles import product
-from apd_kernels.kernels.ranking import GROUP
+from apd_kernels.kernels._pairs import GROUP, Reduction, grouped_place, grouped_tile, sides_of_rows, visit_tiles
 
 # Both kernels: other sizes in one of them would take the same pair another way.
 TILE = {"BM": 128, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 3}
@@ -35,15 +36,10 @@ WORKING_BYTES = 1 << 27
 
 
 @triton.jit
-def _similarity(
-    q, g, half_squares, query_codes, gallery_codes, own, mask, rows, columns, Q, G, D, mask_stride, one,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+def _allowed(s, rows, columns, given, Q, G):
+    """The similarities of a tile, −∞ where query i leaves out row j."""
+    query_codes, gallery_codes, own, mask = given[0], given[1], given[2], given[3]
     row_mask, column_mask = rows < Q, columns < G
-    s, _, _ = product(q, g, rows, columns, row_mask, column_mask, D, D, D, one,
-                      BM, BN, BK, PRECISION, False)  # fmt: skip
-    if half_squares is not None:
-        s -= tl.load(half_squares + columns, mask=column_mask, other=0.0)[None, :]
     allowed = row_mask[:, None] & column_mask[None, :]
     if query_codes is not None:
         code = tl.load(query_codes + rows, mask=row_mask, other=0)
@@ -51,54 +47,54 @@ def _similarity(
     if own is not None:
         allowed = allowed & (columns[None, :] != tl.load(own + rows, mask=row_mask, other=-1)[:, None])
     if mask is not None:
-        at = rows.to(tl.int64)[:, None] * mask_stride + columns[None, :]
+        at = rows.to(tl.int64)[:, None] * G + columns[None, :]
         allowed = allowed & (tl.load(mask + at, mask=allowed, other=0) != 0)
     return tl.where(allowed, s, float("-inf"))
 
 
 @triton.jit
-def _tile(row_tiles, column_tiles, GROUP: tl.constexpr):
-    """Row and column of a program's tile: GROUP row tiles walk the gallery together, which is then read from L2."""
-    group = tl.program_id(0) // (GROUP * column_tiles)
-    within = tl.program_id(0) % (GROUP * column_tiles)
-    height = min(row_tiles - group * GROUP, GROUP)
-    return group * GROUP + within % height, within // height
-
-
-@triton.jit(do_not_specialize=["Q", "G", "mask_stride", "sampling"])
-def _group_maxima(
-    q, g, half_squares, query_codes, gallery_codes, own, mask, out, Q, G, D, mask_stride, sampling, one,
-    WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """Groups of WIDTH columns; tile t of all T is made of columns t, t + T, t + 2T, …"""
+def _sampled_tile(given, Q, G, sampling, BM: tl.constexpr, BN: tl.constexpr):
+    """Tile t of all T is made of columns t, t + T, t + 2T, …"""
     tiles = tl.cdiv(G, BN)
-    sampled = tl.cdiv(tiles, sampling)
-    row, column = _tile(tl.cdiv(Q, BM), sampled, GROUP)
-    rows = row * BM + tl.arange(0, BM)
-    columns = column * sampling + tiles * tl.arange(0, BN)
-    s = _similarity(q, g, half_squares, query_codes, gallery_codes, own, mask, rows, columns,
-                    Q, G, D, mask_stride, one, PRECISION, BM, BN, BK)  # fmt: skip
+    row, column = grouped_tile(tl.program_id(0), tl.cdiv(Q, BM), tl.cdiv(tiles, sampling), GROUP)
+    return row * BM, column * sampling, tiles
+
+
+@triton.jit
+def _store_maxima(
+    s, row, column, rows, columns, given, out, Q, G, sampling, BM: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Of groups of WIDTH columns."""
+    s = _allowed(s, rows, columns, given, Q, G)
     best = tl.max(tl.reshape(s, (BM, BN // WIDTH, WIDTH)), 2)
-    at = (rows.to(tl.int64) * sampled + column) * (BN // WIDTH)
+    at = (rows.to(tl.int64) * tl.cdiv(tl.cdiv(G, BN), sampling) + column // sampling) * (BN // WIDTH)
     tl.store(out + at[:, None] + tl.arange(0, BN // WIDTH)[None, :], best, mask=(rows < Q)[:, None])
 
 
-@triton.jit(do_not_specialize=["Q", "G", "mask_stride", "capacity"])
-def _collect(
-    q, g, half_squares, query_codes, gallery_codes, own, mask, bound, last, keys, count,
-    Q, G, D, mask_stride, capacity, one,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+@triton.jit
+def _store_maxima_of_32(
+    s, row, column, rows, columns, given, out, Q, G, sampling, BM: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    _store_maxima(s, row, column, rows, columns, given, out, Q, G, sampling, BM, BN, 32)
+
+
+@triton.jit
+def _store_maxima_of_4(
+    s, row, column, rows, columns, given, out, Q, G, sampling, BM: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    _store_maxima(s, row, column, rows, columns, given, out, Q, G, sampling, BM, BN, 4)
+
+
+@triton.jit
+def _store_reaching(
+    s, row, column, rows, columns, given, out, Q, G, capacity, BM: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
     nowhere: tl.constexpr = 2147483647
-    row, column = _tile(tl.cdiv(Q, BM), tl.cdiv(G, BN), GROUP)
-    rows = row * BM + tl.arange(0, BM)
-    columns = column * BN + tl.arange(0, BN)
+    keys, count = out
     row_mask = rows < Q
-    s = _similarity(q, g, half_squares, query_codes, gallery_codes, own, mask, rows, columns,
-                    Q, G, D, mask_stride, one, PRECISION, BM, BN, BK)  # fmt: skip
-    t = tl.load(bound + rows, mask=row_mask, other=float("inf"))[:, None]
-    c = tl.load(last + rows, mask=row_mask, other=0)[:, None]
+    s = _allowed(s, rows, columns, given, Q, G)
+    t = tl.load(given[4] + rows, mask=row_mask, other=float("inf"))[:, None]
+    c = tl.load(given[5] + rows, mask=row_mask, other=0)[:, None]
     reached = ((s > t) | ((s == t) & (columns[None, :] <= c))) & (s > float("-inf"))
     n = tl.sum(reached.to(tl.int32), 1)
     most = tl.max(n, 0)
@@ -115,6 +111,13 @@ def _collect(
             order = tl.where(bits < 0, bits ^ nowhere, bits)  # an integer that orders like the float
             key = (order.to(tl.int64) << 32) | (nowhere - at).to(tl.int64)
             tl.store(row_keys + slot + i, key, mask=(i < n) & (slot + i < capacity))
+
+
+_GROUP_MAXIMA = {
+    width: Reduction("_group_maxima", place=_sampled_tile, visit=visit)
+    for width, visit in ((32, _store_maxima_of_32), (4, _store_maxima_of_4))
+}
+_COLLECT = Reduction("_collect", place=grouped_place, visit=_store_reaching)
 
 
 @triton.jit(do_not_specialize=["k"])
@@ -204,17 +207,13 @@ def group_maxima(
     precision: str,
 ) -> Tensor:
     """Launch `_group_maxima`: the best of each group, (Q, groups)."""
-    (queries, dimension), images = query.shape, gallery.shape[0]
+    queries, images = len(query), len(gallery)
     sampled = triton.cdiv(triton.cdiv(images, TILE["BN"]), sampling)
     width = 32 if images >= 128 * k * sampling else 4
     maxima = torch.empty(queries, sampled * (TILE["BN"] // width), dtype=torch.float32, device=query.device)
-    mask = None if mask is None else mask.contiguous()
-    launch(
-        _group_maxima, (triton.cdiv(queries, TILE["BM"]) * sampled,),
-        query, gallery, half_squares, query_codes, gallery_codes, own, mask, maxima,
-        queries, images, dimension, images, sampling, 1.0,
-        WIDTH=width, PRECISION=dot_precision(query, precision), GROUP=GROUP, **TILE,
-    )  # fmt: skip
+    given = query_codes, gallery_codes, own, None if mask is None else mask.contiguous()
+    programs = triton.cdiv(queries, TILE["BM"]) * sampled
+    _visit(_GROUP_MAXIMA[width], programs, query, gallery, half_squares, given, maxima, sampling, precision)
     return maxima
 
 
@@ -232,17 +231,25 @@ def collect(
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     """Launch `_collect`, one program a tile: (Q, capacity) integers in no order, and how many each query would have."""
-    (queries, dimension), images = query.shape, gallery.shape[0]
+    queries, images = len(query), len(gallery)
     keys = torch.full((queries, capacity), NOTHING, dtype=torch.int64, device=query.device)
     count = torch.zeros(queries, dtype=torch.int32, device=query.device)
-    mask = None if mask is None else mask.contiguous()
-    launch(
-        _collect, (triton.cdiv(queries, TILE["BM"]) * triton.cdiv(images, TILE["BN"]),),
-        query, gallery, half_squares, query_codes, gallery_codes, own, mask, bound, last, keys, count,
-        queries, images, dimension, images, capacity, 1.0,
-        PRECISION=dot_precision(query, precision), GROUP=GROUP, **TILE,
-    )  # fmt: skip
+    given = query_codes, gallery_codes, own, None if mask is None else mask.contiguous(), bound, last
+    programs = triton.cdiv(queries, TILE["BM"]) * triton.cdiv(images, TILE["BN"])
+    _visit(_COLLECT, programs, query, gallery, half_squares, given, (keys, count), capacity, precision)
     return keys, count
+
+
+def _visit(
+    reduction: Reduction, programs: int, query: Tensor, gallery: Tensor, half: Tensor | None, given: tuple[Any, ...],
+    out: Any, number: int, precision: str,
+) -> None:  # fmt: skip
+    sides = sides_of_rows(query[None], gallery[None], dot_precision(query, precision), TILE, half)
+    launch(
+        visit_tiles, (programs,),
+        query, gallery, sides.terms, given, out, len(query), len(gallery), sides.dimension, number, 1.0,
+        REDUCTION=reduction, PRODUCT=sides.product, **TILE,
+    )  # fmt: skip
 
 
 def pair_sums(x: Tensor, y: Tensor, scale: Tensor | None, indices: Tensor, dot: bool) -> Tensor:

@@ -27,45 +27,23 @@ from apd_kernels._core.operands import Operands
 from apd_kernels.evaluation.retrieval_metrics import tiles_of_pairs
 from apd_kernels.kernels import prepared
 from apd_kernels.kernels._launch import launch
-from apd_kernels.kernels._split import split_product, unscaled
+from apd_kernels.kernels._pairs import Reduction, grouped_place, sides_of_parts, visit_tiles
 
-GROUP = 8  # row blocks that walk the gallery together, so that a gallery tile is read from L2
 # An estimate: a product of 2048 dimensions takes an H100's multiprocessor as long as some fifty thresholds.
 LIST = 128
 
 
 @triton.jit
-def _similarity(
-    q, g, q_root, g_root, half, row, column, Q, G, D, one,
-    FORM: tl.constexpr, TMA: tl.constexpr, SEPARATE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    rows = row + tl.arange(0, BM)
-    columns = column + tl.arange(0, BN)
-    s = split_product(q, g, row, column, Q - 1, G - 1, D, one, FORM, TMA, SEPARATE, BM, BN, BK)
-    if FORM == "split":
-        x = tl.load(q_root + rows, mask=rows < Q, other=0.0)
-        y = tl.load(g_root + columns, mask=columns < G, other=0.0)
-        s = unscaled(s, x, y)
-    if half is not None:
-        s -= tl.load(half + columns, mask=columns < G, other=0.0)[None, :]
-    return tl.maximum(s, -3.4028234663852886e38)  # infinitely far, but there
-
-
-@triton.jit(do_not_specialize=["Q", "G"])
-def _same_identity(
-    q, g, q_root, g_root, half, first, last, starts, tiles, out, Q, G, D, one,
-    FORM: tl.constexpr, TMA: tl.constexpr, SEPARATE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    tile = tl.load(tiles + tl.program_id(0))
+def _listed_tile(given, Q, G, _, BM: tl.constexpr, BN: tl.constexpr):
+    tile = tl.load(given[3] + tl.program_id(0))
     across = tl.cdiv(G, BN)
-    row = (tile // across).to(tl.int32) * BM
-    column = (tile % across).to(tl.int32) * BN
-    s = _similarity(q, g, q_root, g_root, half, row, column, Q, G, D, one,
-                    FORM, TMA, SEPARATE, BM, BN, BK)  # fmt: skip
-    rows = row + tl.arange(0, BM)
-    columns = column + tl.arange(0, BN)
+    return (tile // across).to(tl.int32) * BM, (tile % across).to(tl.int32) * BN, 1
+
+
+@triton.jit
+def _store_same_identity(s, row, column, rows, columns, given, out, Q, G, _, BM: tl.constexpr, BN: tl.constexpr):
+    first, last, starts, _ = given
+    s = tl.maximum(s, -3.4028234663852886e38)  # infinitely far, but there
     row_mask = rows < Q
     begin = tl.load(first + rows, mask=row_mask, other=0)
     end = tl.load(last + rows, mask=row_mask, other=0)
@@ -79,22 +57,10 @@ def _same_identity(
         own += 1
 
 
-@triton.jit(do_not_specialize=["Q", "G"])
-def _count_negatives(
-    q, g, q_root, g_root, half, first, last, thresholds, starts, stops, count, Q, G, D, one,
-    FORM: tl.constexpr, TMA: tl.constexpr, SEPARATE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    blocks = tl.cdiv(Q, BM)
-    group = tl.program_id(0) // (GROUP * tl.cdiv(G, BN))
-    within = tl.program_id(0) % (GROUP * tl.cdiv(G, BN))
-    height = min(blocks - group * GROUP, GROUP)
-    row = (group * GROUP + within % height) * BM
-    column = within // height * BN
-    s = _similarity(q, g, q_root, g_root, half, row, column, Q, G, D, one,
-                    FORM, TMA, SEPARATE, BM, BN, BK)  # fmt: skip
-    rows = row + tl.arange(0, BM)
-    columns = column + tl.arange(0, BN)
+@triton.jit
+def _count_reaching(s, row, column, rows, columns, given, out, Q, G, _, BM: tl.constexpr, BN: tl.constexpr):
+    first, last, thresholds, starts, stops = given
+    s = tl.maximum(s, -3.4028234663852886e38)  # infinitely far, but there
     row_mask = rows < Q
     begin = tl.load(first + rows, mask=row_mask, other=0)
     end = tl.load(last + rows, mask=row_mask, other=0)
@@ -104,7 +70,7 @@ def _count_negatives(
     # How many thresholds the best negative reaches, by binary search: all below `low`, none from `high` on.
     best = tl.max(s, 1)
     start = tl.load(starts + rows, mask=row_mask, other=0)
-    low = tl.zeros((BM,), tl.int64)
+    low = tl.zeros_like(start)
     high = tl.load(stops + rows, mask=row_mask, other=0) - start
     left = tl.max(high, 0)
     while left > 0:
@@ -118,7 +84,11 @@ def _count_negatives(
         walked = p < low
         t = tl.load(thresholds + start + p, mask=walked, other=float("inf"))
         n = tl.sum((s >= t[:, None]).to(tl.int32), 1)
-        tl.atomic_add(count + start + p, n, mask=walked, sem="relaxed")
+        tl.atomic_add(out + start + p, n, mask=walked, sem="relaxed")
+
+
+_SAME_IDENTITY = Reduction("_same_identity", place=_listed_tile, visit=_store_same_identity)
+_COUNT_NEGATIVES = Reduction("_count_negatives", place=grouped_place, visit=_count_reaching)
 
 
 def prepared_rows(rows: Tensor, half_squares: Tensor | None, precision: str) -> Operands:
@@ -143,13 +113,8 @@ def similarities_of_tiles(
     query: Operands, gallery: Operands, first: Tensor, last: Tensor, starts: Tensor, tiles: Tensor, pairs: int
 ) -> Tensor:
     """Launch `_same_identity`: one program for each of `tiles`."""
-    operands, sizes, options = _arguments(query, gallery)
     similarity = torch.empty(pairs, dtype=torch.float32, device=tiles.device)
-    launch(
-        _same_identity, (tiles.numel(),),
-        *operands, first, last, starts, tiles, similarity, *sizes, 1.0,
-        **options,
-    )  # fmt: skip
+    _visit(_SAME_IDENTITY, tiles.numel(), query, gallery, (first, last, starts, tiles), similarity)
     return similarity
 
 
@@ -176,14 +141,12 @@ def count_of_lists(
     query: Operands, gallery: Operands, first: Tensor, last: Tensor, thresholds: Tensor, begin: Tensor, end: Tensor
 ) -> Tensor:
     """Launch `_count_negatives`, one program a tile: query row i counts for thresholds begin[i] … end[i]."""
-    operands, sizes, options = _arguments(query, gallery)
+    options = _options(gallery)
     count = torch.zeros(thresholds.shape, dtype=torch.int32, device=thresholds.device)
-    rows, columns, _ = sizes
-    launch(
-        _count_negatives, (triton.cdiv(rows, options["BM"]) * triton.cdiv(columns, options["BN"]),),
-        *operands, first, last, thresholds, begin, end, count, *sizes, 1.0,
-        GROUP=GROUP, **options,
-    )  # fmt: skip
+    assert query.parts is not None
+    assert gallery.parts is not None
+    tiles = triton.cdiv(query.parts.shape[0], options["BM"]) * triton.cdiv(gallery.parts.shape[0], options["BN"])
+    _visit(_COUNT_NEGATIVES, tiles, query, gallery, (first, last, thresholds, begin, end), count)
     return count
 
 
@@ -192,15 +155,15 @@ def _options(gallery: Operands) -> dict[str, Any]:
     return prepared.options_of_parts("rank", gallery.parts, gallery.root is not None)
 
 
-def _arguments(query: Operands, gallery: Operands) -> tuple[tuple[Any, ...], tuple[int, int, int], dict[str, Any]]:
-    """Both kernels': operands, sizes, constants and options."""
-    options = _options(gallery)
+def _visit(
+    reduction: Reduction, programs: int, query: Operands, gallery: Operands, given: tuple[Tensor, ...], out: Tensor
+) -> None:
+    sides = sides_of_parts(query, gallery, _options(gallery))
     assert query.parts is not None
     assert gallery.parts is not None
-    (rows, dimension), columns = query.parts.shape, gallery.parts.shape[0]
-    operands = (
-        prepared.tiles_of(query.parts, options["BM"], options["BK"], options),
-        prepared.tiles_of(gallery.parts, options["BN"], options["BK"], options),
-        query.root, gallery.root, gallery.half,
+    rows, columns = query.parts.shape[0], gallery.parts.shape[0]
+    launch(
+        visit_tiles, (programs,),
+        sides.x, sides.y, sides.terms, given, out, rows, columns, sides.dimension, 0, 1.0,
+        REDUCTION=reduction, PRODUCT=sides.product, **sides.options,
     )  # fmt: skip
-    return operands, (rows, columns, dimension if gallery.root is None else dimension // 2), options

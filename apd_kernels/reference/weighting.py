@@ -22,7 +22,7 @@ def weighted_pairs(
     distances = [a.new_zeros(a.shape[:-1]) for _ in range(2)]
     sums = [a.new_full(a.shape[:-1], -float("inf")) for _ in range(2)]
     for block in row_blocks(rows, columns, sets) if columns else ():
-        d_block = _distance(a[..., block, :], b, half, metric)
+        d_block = block_distances(a[..., block, :], b, half, metric)
         for chunk in chunks(block, columns, sets):
             d = d_block[..., chunk.start - block.start : chunk.stop - block.start, :]
             for side, mask in enumerate(pair_masks(pairing, chunk)):
@@ -55,7 +55,7 @@ def weighted_pairs_backward(
     for_x = a.new_zeros(a.shape if needs_x else 0)
     for_y = for_x if y is None else a.new_zeros(b.shape if needs_y else 0)
     for block in row_blocks(rows, columns, sets) if columns else ():
-        d_block = _distance(a[..., block, :], b, half, metric)
+        d_block = block_distances(a[..., block, :], b, half, metric)
         for chunk in chunks(block, columns, sets):
             d = d_block[..., chunk.start - block.start : chunk.stop - block.start, :]
             at = (..., chunk, None)
@@ -86,7 +86,7 @@ def _finite(d: Tensor) -> bool:
     return d.device.type == "cpu" and bool(d.sum().isfinite())
 
 
-def _distance(a: Tensor, b: Tensor, half: Tensor | None, metric: str) -> Tensor:
+def block_distances(a: Tensor, b: Tensor, half: Tensor | None, metric: str) -> Tensor:
     """d(a_i, b_j); for "cosine" rows have length 1 or 0."""
     keys = column_keys(a, b, half, 2)
     if half is None:

@@ -29,7 +29,12 @@ def output(example: Path, *arguments: str) -> str:
 
 
 def test_every_example_is_run_here() -> None:
-    assert [example.stem for example in EXAMPLES] == ["rank_shards", "triplet_metric_perturb", "vit_ssd_mask"]
+    assert [example.stem for example in EXAMPLES] == [
+        "pair_losses",
+        "rank_shards",
+        "triplet_metric_perturb",
+        "vit_ssd_mask",
+    ]
 
 
 def output_here(example: Path, *arguments: str) -> str:
@@ -55,6 +60,14 @@ def test_triplet_metric_perturb() -> None:
     found = re.findall(r"(without|with) metric_perturb: mAP (\d\.\d+)", output(example))
     assert [name for name, _ in found] == ["without", "with"]
     assert all(float(mean) > 0.2 for _, mean in found)
+
+
+def test_pair_losses() -> None:
+    """Random rows: as they are in tests/apd_kernels/test_pairs.py, with a gradient."""
+    (example,) = (example for example in EXAMPLES if example.stem == "pair_losses")
+    found = re.findall(r"(\w+)_loss: \d\.\d+, gradient of norm (\d\.\d+)", output_here(example, "--images", "32"))
+    assert [name for name, _ in found] == ["lifted_structured", "multi_similarity", "smooth_ap"]
+    assert all(float(norm) > 0 for _, norm in found)
 
 
 def test_vit_ssd_mask() -> None:

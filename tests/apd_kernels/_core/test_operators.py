@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import example_losses
 import pytest
 import torch
 from oracle import features
@@ -130,6 +131,26 @@ def contrastive_loss_scaled() -> list[tuple[Any, ...]]:
     x, y = _leaf(2, 6, 4).detach(), _leaf(2, 5, 4).detach()
     one, sets = torch.tensor(1.0), torch.tensor([1.0, 2.0])
     return [(sets, sets, x, y, "torch"), (one, one, x[0], torch.zeros(0), "torch")]
+
+
+@operator
+def pair_reduce() -> list[tuple[Any, ...]]:
+    values, lifted = torch.empty(0, 6), example_losses.load().LIFTED.key
+    return [
+        (_leaf(6, 4), None, *Operands(), *Pairing(LABELS), values, [1.0], lifted, "euclidean", "fp32", "torch"),
+        (_leaf(6, 4), _leaf(5, 4, seed=1), *Operands(), *RULED, values, [0.5], lifted, "dot", "fp32", "torch"),
+    ]
+
+
+@operator
+def pair_reduce_backward() -> list[tuple[Any, ...]]:
+    results, lifted = torch.ones(2, 6), example_losses.load().LIFTED.key
+    choices = torch.empty(0, 6), [1.0], lifted, "euclidean", "fp32"
+    x, y = _leaf(6, 4).detach(), _leaf(5, 4, seed=1).detach()
+    return [
+        (results, results, x, None, *Operands(), *Pairing(LABELS), *choices, True, False, "torch"),
+        (results, results, x, y, *Operands(), *RULED, *choices, True, True, "torch"),
+    ]
 
 
 @operator

@@ -130,7 +130,15 @@ def test_matches_pytorch_in_float64(
         asked.append(original(x, precision))
         return asked[-1]
 
-    for module in ("distance", "mining", "contrastive", "_logsumexp", "weighting", "neighbors", "adversarial_solver"):
+    for module in (
+        "distance",
+        "mining",
+        "contrastive",
+        "weighting",
+        "_weighted_rows",
+        "neighbors",
+        "adversarial_solver",
+    ):
         monkeypatch.setattr(f"apd_kernels.kernels.{module}.dot_precision", dot_precision)
     if operation is mined_in_large_batch:
         monkeypatch.setattr("apd_kernels.kernels.mining.TRIANGLE_ROWS", (1, 16384))

@@ -1,9 +1,6 @@
-"""Softmax over the pairs of an anchor that are seen tile by tile, and sums of rows weighted by pairs.
+"""Sums of rows weighted by pairs.
 
-    largest = max_j l_ij,   total = Σ_j exp(l_ij − largest),   LSE = largest + ln total
-
-The columns are divided among several programs per row tile; each leaves its sums, and a merge adds them in the order of
-the splits. Weights of pairs are written in blocks of rows, of at most 64 MB, and used up before the next block: no
+Weights of pairs are written in blocks of rows, of at most 64 MB, and used up before the next block: no
 float atomics, the same sums in every run.
 """
 
@@ -18,44 +15,10 @@ from torch import Tensor
 
 from apd_kernels._core.rows import row_blocks
 from apd_kernels.kernels._launch import dot_precision, launch, row_stride
-from apd_kernels.kernels._tiles import MAX_SPLITS, high_and_rest, nan_as, sum_apart
+from apd_kernels.kernels._tiles import high_and_rest, sum_apart
 
 # Rows of a block of weights are padded with zeros to a multiple of this, so that they are read in vectors.
 PADDING = 32
-
-
-@triton.jit
-def add_logits(largest, total, logits, mask):
-    """(largest, total) with one more tile, its exponentials, and the factor of earlier ones. A NaN shows in total."""
-    infinity: tl.constexpr = float("inf")
-    seen = tl.max(tl.where(mask, nan_as(logits, -infinity), -infinity), 1)
-    larger = tl.maximum(largest, seen)
-    shift = tl.where(larger == -infinity, 0.0, larger)  # as long as there is nothing
-    e = tl.exp(tl.where(mask, logits - shift[:, None], -infinity))
-    shrink = tl.exp(largest - shift)
-    return larger, total * shrink + tl.sum(e, 1), e, shrink
-
-
-@triton.jit
-def merged(sums, which, s, sets, rows, N, splits, SPLITS: tl.constexpr):
-    """Over the splits of a block of anchors, whose largest logits and totals are the sums `which` and `which` + 1:
-    their total, its LSE (−inf for a total of 0), and the factor of each split's sums, (rows, splits)."""
-    infinity: tl.constexpr = float("inf")
-    largest = split_values(sums, which, s, sets, rows, N, splits, -infinity, SPLITS)
-    shift = tl.max(largest, 1)
-    shift = tl.where(shift == -infinity, 0.0, shift)
-    factors = tl.exp(largest - shift[:, None])
-    total = tl.sum(split_values(sums, which + 1, s, sets, rows, N, splits, 0.0, SPLITS) * factors, 1)
-    log_sum = tl.where(total == 0, -infinity, shift + tl.log(tl.where(total == 0, 1.0, total)))
-    return total, log_sum, factors
-
-
-@triton.jit
-def split_values(sums, which, s, sets, rows, N, splits, missing, SPLITS: tl.constexpr):
-    """One of the sums [which, set, split, row] of a block of anchors, as (rows, splits)."""
-    t = tl.arange(0, SPLITS)
-    at = ((which * sets + s) * splits + t[None, :]) * N + rows[:, None]
-    return tl.load(sums + at, mask=(rows < N)[:, None] & (t < splits)[None, :], other=missing)
 
 
 @triton.jit
@@ -133,13 +96,6 @@ def _add_to_others(
     """out_j += Σ_i w_ij x_i (LESS_OWN: x_i − y_j) over the n anchors from `start` on."""
     _add_rows(weights, y, x, out, m, n, 0, start, M, N, D, width, height, y_stride, x_stride, one,
               True, LESS_OWN, PRECISION, BM, BN, BD)  # fmt: skip
-
-
-def column_splits(row_tiles: int, column_tiles: int, sets: int) -> tuple[int, int]:
-    """Into how many parts the columns are divided to fill the device, and the column tiles of each."""
-    splits = max(1, min(column_tiles, MAX_SPLITS // max(1, row_tiles * sets)))
-    tiles_per_split = max(1, triton.cdiv(column_tiles, splits))
-    return triton.cdiv(column_tiles, tiles_per_split), tiles_per_split
 
 
 def weight_blocks(n: int, m: int, sets: int, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
