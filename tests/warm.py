@@ -11,16 +11,18 @@ import os
 import runpy
 import sys
 from collections.abc import Mapping
-from multiprocessing import forkserver
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO
+
+with suppress(ImportError):
+    import apd.data.loading  # noqa: F401  (it has a list of imports, too: the one below is to be the last)
 
 START = "forkserver"
 _context = multiprocessing.get_context(START)
 # What is not installed is left out.
 _context.set_forkserver_preload(["apd_kernels", "apd.training.train", "apd.data.worker_server"])
-forkserver.ensure_running()  # before a loader of images starts one without these imports
 
 
 class Popen:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -21,6 +20,12 @@ from apd.errors import InputError
 from apd.interrupt import ignore_signals
 
 ALL = slice(None)  # rows of a batch
+# What starts workers: where there is such a thing, a process that has done the imports and nothing else. A worker that
+# is forked from this process instead may wait for ever for a lock that one of its threads held.
+_STARTER: Any = None
+if "forkserver" in multiprocessing.get_all_start_methods():
+    _STARTER = multiprocessing.get_context("forkserver")
+    _STARTER.set_forkserver_preload([__name__, "apd.data.worker_server"])
 _STREAM = 2  # augmentation and sampling (sampler.py) draw from different streams of one seed
 
 
@@ -168,7 +173,7 @@ def _loaded(dataset: Dataset[Any], keys: Iterable[Any], workers: int) -> Generat
         batch_sampler=keys,
         collate_fn=_as_it_is,
         num_workers=workers,
-        multiprocessing_context=_starter() if workers else None,
+        multiprocessing_context=_STARTER if workers else None,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else a seed for the workers is taken from torch's own random numbers
         worker_init_fn=_obey if workers else None,
@@ -177,19 +182,6 @@ def _loaded(dataset: Dataset[Any], keys: Iterable[Any], workers: int) -> Generat
         if isinstance(batch, InputError):  # handed over, because the loader would wrap it into a worker's traceback
             raise batch
         yield batch
-
-
-@functools.cache
-def _starter() -> Any:
-    """What starts workers: where there is such a thing, a process that has done the imports and nothing else.
-
-    A worker that is forked from this process instead may wait for ever for a lock that one of its threads held.
-    """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return None
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "apd.data.worker_server"])
-    return context
 
 
 def _obey(worker: int) -> None:

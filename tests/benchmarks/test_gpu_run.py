@@ -271,12 +271,16 @@ def test_every_kernel_has_a_small_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """What compute-sanitizer looks at leaves no kernel out."""
     from apd_kernels import use_backend
     from apd_kernels.kernels import _launch
+    from apd_kernels.kernels._pairs import Reduction
 
-    named, launched = set(), set()
+    named, launched, reductions, reduced = set(), set(), set(), set()
 
     def counted(kernel: object, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
         if 0 not in grid:
-            launched.add(getattr(kernel, "fn", kernel).__name__)
+            launched.add(launched_name(kernel))
+            if isinstance(reduction := options.get("REDUCTION"), Reduction):
+                reduced.add(reduction)
+                launched.add(reduction.name_of(launched_name(kernel)))  # as it is compiled, and as the tool sees it
         if torch.cuda.is_available() or launched_name(kernel) not in slow:
             _launch.launch(kernel, grid, *arguments, **options)
 
@@ -285,15 +289,18 @@ def test_every_kernel_has_a_small_call(monkeypatch: pytest.MonkeyPatch) -> None:
 
     slow: set[str] = {"_choose", "_move"}  # seconds in the interpreter; nobody looks at their results here
     for path in Path(_launch.__file__).parent.glob("*.py"):
-        named |= set(re.findall(r"\blaunch\(\s*(_\w+)", path.read_text()))
         module = import_module(f"apd_kernels.kernels.{path.stem}")
+        named |= {name for name in re.findall(r"\n +launch\(\s*(\w+)", path.read_text()) if name in vars(module)}
         if hasattr(module, "launch") and module is not _launch:
             monkeypatch.setattr(module, "launch", counted)
+        reductions |= {one for one in vars(module).values() if isinstance(one, Reduction)}
     with use_backend("triton"):
         for call in calls.calls().values():
             call()
     assert launched >= named, named - launched
-    assert len(named) > 40
+    assert len(named) > 35
+    assert reduced >= reductions, {one.name for one in reductions - reduced}
+    assert len(reductions) > 5
     assert set(calls.RACING) <= launched
     assert set(calls.RACING.values()) <= set(calls.calls())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,18 @@ from feature_files import draw_features, write
 
 from apd import interrupt
 from apd.interrupt import Interrupted, asked_to_end, ending_by_signals, going_on, interrupted, whole_steps
+
+DEFAULTS = (signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def in_the_foreground() -> Iterator[None]:
+    """A shell starts what runs in its background with Ctrl-C ignored, these tests too."""
+    before = {signum: signal.signal(signum, default) for signum, default in DEFAULTS}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
 
 SIGNALS = pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 
