@@ -18,16 +18,16 @@ from apd_kernels.evaluation.rerank import (
     query_expansion,
 )
 from apd_kernels.gallery.gallery import Gallery, GalleryError, SearchResult
-from apd_kernels.losses import triplet_loss
+from apd_kernels.losses import triplet_loss, triplet_loss_from_distances
 from apd_kernels.memory import ClusterMemory, CrossBatchMemory
-from apd_kernels.mining import HardPairs, Pair, batch_hard
+from apd_kernels.mining import HardPairs, Pair, batch_hard, batch_hard_from_distances
 from apd_kernels.paired import paired_distance
 from apd_kernels.pairs import Pairing, PairReducer, pair_reduce
 from apd_kernels.perturbation_loss import metric_perturbation_loss
 from apd_kernels.prepared import prepare_rows
 from apd_kernels.ssd import DisentangledMaps, identity_derangement, ssd_mask
 from apd_kernels.tuning import autotune, warmup
-from apd_kernels.weighting import WeightedPairs, weighted_pairs
+from apd_kernels.weighting import WeightedPairs, weighted_pairs, weighted_pairs_from_distances
 
 __version__ = "0.1.0"
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "WeightedPairs",
     "autotune",
     "batch_hard",
+    "batch_hard_from_distances",
     "circle_loss",
     "gather_features",
     "identity_derangement",
@@ -71,7 +72,9 @@ __all__ = [
     "ssd_mask",
     "supervised_contrastive_loss",
     "triplet_loss",
+    "triplet_loss_from_distances",
     "use_backend",
     "warmup",
     "weighted_pairs",
+    "weighted_pairs_from_distances",
 ]
