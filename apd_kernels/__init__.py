@@ -8,7 +8,16 @@ from apd_kernels.contrastive import circle_loss, supervised_contrastive_loss
 from apd_kernels.distance import pairwise_distance
 from apd_kernels.distributed import GatheredBatch, gather_features
 from apd_kernels.evaluation.neighbors import Neighbors, knn
-from apd_kernels.evaluation.ranking import RankAccumulator, RankMetrics, rank_metrics, rank_metrics_from_distances
+from apd_kernels.evaluation.ranking import (
+    PositiveRanks,
+    RankAccumulator,
+    RankMetrics,
+    positive_ranks,
+    positive_ranks_from_distances,
+    rank_metrics,
+    rank_metrics_from_distances,
+    tpr_at_fpr_from_distances,
+)
 from apd_kernels.evaluation.rerank import (
     ExpandedFeatures,
     RerankedDistances,
@@ -43,6 +52,7 @@ __all__ = [
     "Pair",
     "PairReducer",
     "Pairing",
+    "PositiveRanks",
     "PreparedRows",
     "RankAccumulator",
     "RankMetrics",
@@ -65,12 +75,15 @@ __all__ = [
     "pair_reduce",
     "paired_distance",
     "pairwise_distance",
+    "positive_ranks",
+    "positive_ranks_from_distances",
     "prepare_rows",
     "query_expansion",
     "rank_metrics",
     "rank_metrics_from_distances",
     "ssd_mask",
     "supervised_contrastive_loss",
+    "tpr_at_fpr_from_distances",
     "triplet_loss",
     "triplet_loss_from_distances",
     "use_backend",
