@@ -9,9 +9,10 @@ from torch import Tensor
 
 from apd_kernels._core.operands import PreparedRows, checked_operands
 from apd_kernels._core.operators import differentiable, first_derivatives_only, internal_dtype, operator
-from apd_kernels._core.pairing import checked_pairing
-from apd_kernels._core.rows import per_difference
+from apd_kernels._core.pairing import Pairing, checked_matrix_pairing, checked_pairing
+from apd_kernels._core.rows import per_difference, row_blocks
 from apd_kernels.reference import mining as reference
+from apd_kernels.reference.pairing import pair_masks
 
 
 class Pair(NamedTuple):
@@ -92,6 +93,55 @@ def batch_hard(
         indices=Pair(positive_index, negative_index),
         valid=(positive_index >= 0) & (negative_index >= 0),
     )
+
+
+def batch_hard_from_distances(distances: Tensor, pairing: Pairing) -> HardPairs:
+    """`batch_hard` of distances that somebody else has computed.
+
+    Args:
+        distances: of N anchors to M rows, smaller is nearer, shape (N, M); float16, bfloat16, float32 or float64.
+        pairing: a `Pairing`: ``Pairing(labels)`` for a batch with itself, where no anchor is its own positive;
+            ``Pairing(labels, y_labels)`` for others, or where it is.
+
+    Returns:
+        `HardPairs`, the distances in the dtype given. Equal distances are won by the lowest index, a NaN wins on either
+        side. Differentiable as indexing is. An operation of PyTorch, whose masks take 64 MB at a time.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or choice.
+
+    >>> import torch
+    >>> distances = torch.tensor([[0.0, 1.0, 5.0], [1.0, 0.0, 4.0], [5.0, 4.0, 0.0]])
+    >>> mined = batch_hard_from_distances(distances, Pairing(torch.tensor([7, 7, 8])))
+    >>> mined.distances.positive, mined.indices.negative, mined.valid
+    (tensor([1., 1., 0.]), tensor([2, 2, 1]), tensor([ True,  True, False]))
+    """
+    pairing = checked_matrix_pairing(distances, pairing)
+    values, (rows, columns) = distances.detach(), distances.shape
+    sides: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for block in row_blocks(rows, columns) if columns else ():
+        for side, mask, beyond in zip(sides, pair_masks(pairing, block), (-torch.inf, torch.inf), strict=True):
+            d = torch.where(mask, values[block], beyond)
+            index = d.argmin(1) if beyond > 0 else d.argmax(1)
+            # The row that is infinitely far has to be told from none.
+            index = torch.where(mask.gather(1, index[:, None])[:, 0], index, _first(mask))
+            side.append(index)
+    none = torch.full((rows,), -1, device=distances.device)
+    indices = Pair(*(torch.cat(side) if side else none for side in sides))
+    taken = (_chosen(distances, index) for index in indices)
+    return HardPairs(Pair(*taken), indices, (indices.positive >= 0) & (indices.negative >= 0))
+
+
+def _first(mask: Tensor) -> Tensor:
+    """The first column under the mask, −1 where there is none."""
+    first = mask.int().argmax(1)
+    return torch.where(mask.gather(1, first[:, None])[:, 0], first, -1)
+
+
+def _chosen(distances: Tensor, index: Tensor) -> Tensor:
+    if not distances.shape[1]:
+        return distances.sum(1)  # zeros, with a gradient as the others
+    return torch.where(index >= 0, distances.gather(1, index.clamp(min=0)[:, None])[:, 0], 0)
 
 
 def _fake(x: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -27,11 +27,12 @@ from apd_kernels._core.operators import implementation_context, internal_dtype
 from apd_kernels._core.rows import unit_rows
 from apd_kernels.evaluation.neighbors import Neighbors
 from apd_kernels.evaluation.retrieval_metrics import (
+    TIES_OF_DISTANCES,
     RankMetrics,
     check_labels,
     check_options,
     checked_unlabelled,
-    metrics_of_blocks,
+    counts_of_blocks,
 )
 from apd_kernels.evaluation.rows import centred_products, largest_of, scale_of
 from apd_kernels.reference import rerank as reference
@@ -148,7 +149,7 @@ class RerankedDistances:
             gallery_ids: identity of each gallery image, shape (G,).
             query_cams: camera of each query, shape (Q,); None (then also `gallery_cams`) keeps every gallery image.
             gallery_cams: camera of each gallery image, shape (G,).
-            ap, ties, junk, unknown_camera: as in `rank_metrics`.
+            ap, ties, junk, unknown_camera: as in `rank_metrics_from_distances`.
             max_rank: length of the CMC.
 
         Returns:
@@ -158,19 +159,18 @@ class RerankedDistances:
             TypeError, ValueError: as `rank_metrics`.
         """
         check_labels(query_ids, gallery_ids, query_cams, gallery_cams, self.shape, self._largest.device)
-        check_options(ap, ties, max_rank)
-        return metrics_of_blocks(
+        check_options(ap, ties, max_rank, TIES_OF_DISTANCES)
+        counted = counts_of_blocks(
             self._block,
             reference.rows_at_once(self._distances.count),
             query_ids,
             gallery_ids,
             query_cams,
             gallery_cams,
-            ap=ap,
             ties=ties,
-            max_rank=max_rank,
             unlabelled=checked_unlabelled(junk, unknown_camera),
         )
+        return counted.metrics(self.shape[0], ap, ties, max_rank)
 
     def _queries(self, rows: slice) -> Tensor:
         return torch.arange(rows.start, rows.stop, device=self._largest.device)
