@@ -4,7 +4,7 @@ from apd_kernels import nn
 from apd_kernels._core.backend import use_backend
 from apd_kernels._core.operands import PreparedRows
 from apd_kernels.adversarial import metric_perturb
-from apd_kernels.contrastive import circle_loss, supervised_contrastive_loss
+from apd_kernels.contrastive import circle_loss, cosface_loss, supervised_contrastive_loss
 from apd_kernels.distance import pairwise_distance
 from apd_kernels.distributed import GatheredBatch, gather_features
 from apd_kernels.evaluation.neighbors import Neighbors, knn
@@ -29,7 +29,14 @@ from apd_kernels.evaluation.rerank import (
 from apd_kernels.gallery.gallery import Gallery, GalleryError, SearchResult
 from apd_kernels.losses import triplet_loss, triplet_loss_from_distances
 from apd_kernels.memory import ClusterMemory, CrossBatchMemory
-from apd_kernels.mining import HardPairs, Pair, batch_hard, batch_hard_from_distances
+from apd_kernels.mining import (
+    HardPairs,
+    Pair,
+    batch_hard,
+    batch_hard_from_distances,
+    ranked_pairs_from_distances,
+    triplets_from_distances,
+)
 from apd_kernels.paired import paired_distance
 from apd_kernels.pairs import Pairing, PairReducer, pair_reduce
 from apd_kernels.perturbation_loss import metric_perturbation_loss
@@ -63,6 +70,7 @@ __all__ = [
     "batch_hard",
     "batch_hard_from_distances",
     "circle_loss",
+    "cosface_loss",
     "gather_features",
     "identity_derangement",
     "jaccard_distance",
@@ -81,11 +89,13 @@ __all__ = [
     "query_expansion",
     "rank_metrics",
     "rank_metrics_from_distances",
+    "ranked_pairs_from_distances",
     "ssd_mask",
     "supervised_contrastive_loss",
     "tpr_at_fpr_from_distances",
     "triplet_loss",
     "triplet_loss_from_distances",
+    "triplets_from_distances",
     "use_backend",
     "warmup",
     "weighted_pairs",

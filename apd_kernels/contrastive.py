@@ -71,13 +71,53 @@ def circle_loss(
     _check_above_zero("gamma", gamma)
     check_choice("reduction", reduction, REDUCTIONS)
     if reduction == "none":
-        from apd_kernels.reducers import circle_terms
+        from apd_kernels.reducers import margin_terms
 
         pairing = Pairing(labels, y_labels, own, domains, y_domains, y_valid, positives, negatives)
-        return reduced(*circle_terms(x, y, pairing, float(gamma), float(margin), precision), reduction)
+        return reduced(*margin_terms("circle", x, y, pairing, float(gamma), float(margin), precision), reduction)
     x, rows, prepared, precision, backend = checked_operands(x, y, "cosine", precision)
     pairing = checked_pairing(x, labels, rows, y_labels, own, domains, y_domains, y_valid, positives, negatives)
     return _loss(x, rows, prepared, pairing, "circle", float(gamma), float(margin), precision, backend, reduction)
+
+
+def cosface_loss(
+    x: Tensor,
+    pairing: Pairing,
+    y: Tensor | PreparedRows | None = None,
+    *,
+    margin: float = 0.25,
+    gamma: float = 128.0,
+    precision: str | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The pairwise form of CosFace: a circle loss without its weights, by `pair_reduce`.
+
+    The term of an anchor is softplus(LSE_p(−γ s_p) + LSE_n(γ (s_n + m))), with similarities as in `circle_loss`; as
+    fast-reid's ``pairwise_cosface``, whose mean is ``reduction="mean_all"``.
+
+    Args:
+        x: anchors, shape (N, D) or (S, N, D); float16, bfloat16, float32 or float64. Rows are normalised.
+        pairing: which pairs are positives and negatives: ``Pairing(labels)``, with ``y_labels`` where there is a `y`.
+        y: other rows, shape (M, D) or (S, M, D), or `prepare_rows` of them for ``"cosine"``.
+        margin, gamma, precision, reduction: as in `circle_loss`.
+
+    Returns:
+        The loss, a float32 scalar (float64 for float64 inputs), or the N terms. First derivatives only.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device, size or choice.
+
+    >>> import torch
+    >>> x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.5, 1.0]])
+    >>> cosface_loss(x, Pairing(torch.tensor([7, 7, 8, 8])), margin=0.25, gamma=8.0)
+    tensor(0.1914)
+    """
+    from apd_kernels.reducers import margin_terms
+
+    check_number("margin", margin)
+    _check_above_zero("gamma", gamma)
+    check_choice("reduction", reduction, REDUCTIONS)
+    return reduced(*margin_terms("cosface", x, y, pairing, float(gamma), float(margin), precision), reduction)
 
 
 def supervised_contrastive_loss(

@@ -76,6 +76,32 @@ CIRCLE = PairReducer(
 )  # fmt: skip
 
 
+@jit
+def cosface_logits(d, positive, gamma, margin):
+    """−γ s_p and γ (s_n + m)."""
+    return gamma * tl.where(positive, d - 1, 1 - d + margin)
+
+
+def cosface_tile(d, positive, negative, values):
+    logits = cosface_logits(d, positive, values[0], values[1])
+    largest_p, total_p = exponentials(logits, positive)
+    largest_n, total_n = exponentials(logits, negative)
+    return largest_p, total_p, largest_n, total_n
+
+
+def cosface_weights(d, positive, negative, values, results, gradients):
+    logits = cosface_logits(d, positive, values[0], values[1])
+    of_positives = gradients[0] * tl.exp(tl.where(positive, logits - results[0], 0.0))
+    of_negatives = -gradients[1] * tl.exp(tl.where(negative, logits - results[1], 0.0))
+    return values[0] * tl.where(positive, of_positives, of_negatives)
+
+
+COSFACE = PairReducer(
+    start=(-1e30, 0.0, -1e30, 0.0),
+    tile=cosface_tile, combine=circle_combine, finish=circle_finish, weights=cosface_weights, name="cosface",
+)  # fmt: skip
+
+
 def contrastive_tile(d, positive, negative, values):
     logits = (values[1] - d) * values[0]
     largest, total = exponentials(logits, positive | negative)
@@ -105,12 +131,24 @@ CONTRASTIVE = PairReducer(
 )  # fmt: skip
 
 
-def circle_terms(
-    x: Tensor, y: Tensor | PreparedRows | None, pairing: Pairing, gamma: float, margin: float, precision: str | None
+def margin_terms(
+    form: str,
+    x: Tensor,
+    y: Tensor | PreparedRows | None,
+    pairing: Pairing,
+    gamma: float,
+    margin: float,
+    precision: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """The term of each anchor in `circle_loss`, and which count."""
+    """The term of each anchor in `circle_loss` or `cosface_loss`, and which count."""
     of_positives, of_negatives = pair_reduce(
-        x, y, CIRCLE, pairing, parameters=(gamma, margin), metric="cosine", precision=precision
+        x,
+        y,
+        {"circle": CIRCLE, "cosface": COSFACE}[form],
+        pairing,
+        parameters=(gamma, margin),
+        metric="cosine",
+        precision=precision,
     )
     # Not smaller, rather than larger: a NaN counts.
     valid = ~((of_positives < MISSING) | (of_negatives < MISSING))

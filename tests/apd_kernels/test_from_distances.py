@@ -16,13 +16,18 @@ from apd_kernels import (
     batch_hard,
     batch_hard_from_distances,
     circle_loss,
+    cosface_loss,
+    mining,
     paired_distance,
+    ranked_pairs_from_distances,
     supervised_contrastive_loss,
     triplet_loss,
     triplet_loss_from_distances,
+    triplets_from_distances,
     weighted_pairs,
     weighted_pairs_from_distances,
 )
+from apd_kernels._core import rows
 
 
 def rows_of(*shape: int, seed: int = 0) -> Tensor:
@@ -36,6 +41,9 @@ LOSSES = {
     "soft margin": lambda *rows, **options: triplet_loss(*rows, margin=None, **options),
     "weighted": lambda *rows, **options: triplet_loss(*rows, mining="weighted", **options),
     "circle": lambda *rows, **options: circle_loss(*rows, gamma=32.0, **options),
+    "cosface": lambda x, labels, y=None, y_labels=None, **options: cosface_loss(
+        x, Pairing(labels, y_labels, y_valid=options.pop("y_valid", None)), y, gamma=32.0, **options
+    ),
     "contrastive": lambda *rows, **options: supervised_contrastive_loss(*rows, temperature=0.2, **options),
     "contrastive dot": lambda *rows, **options: supervised_contrastive_loss(
         *rows, temperature=3.0, metric="dot", **options
@@ -61,6 +69,10 @@ def _terms(loss: str, x: Tensor, y: Tensor, positive: Tensor, negative: Tensor) 
         a_p, a_n = (1.25 - s).detach().clamp(min=0), (s + 0.25).detach().clamp(min=0)
         of_p = torch.where(positive, -32 * a_p * (s - 0.75), -torch.inf).logsumexp(1)
         of_n = torch.where(negative, 32 * a_n * (s - 0.25), -torch.inf).logsumexp(1)
+        return F.softplus(of_p + of_n), valid
+    if loss == "cosface":
+        of_p = torch.where(positive, -32 * s, -torch.inf).logsumexp(1)
+        of_n = torch.where(negative, 32 * (s + 0.25), -torch.inf).logsumexp(1)
         return F.softplus(of_p + of_n), valid
     logits = s / (3.0 if loss == "contrastive dot" else 0.2)
     of_all = torch.where(positive | negative, logits, -torch.inf).logsumexp(1)
@@ -94,7 +106,7 @@ def test_reductions_match_float64(backend: Backend, loss: str, reduction: str, m
     pairs = masks(LABELS, y_labels.cpu() if memory else None)
     expected = _reduced(*_terms(loss, a, b if memory else a, *pairs), reduction)
     (expected * (weights.cpu().double() if reduction == "none" else 1)).sum().backward()
-    error = tolerance(dtype) * (10 if loss in ("circle", "weighted") else 1)
+    error = tolerance(dtype) * (10 if loss in ("circle", "cosface", "weighted") else 1)
     assert_close(found, expected, error, "loss", scale=1.0)
     assert_close(x.grad, a.grad, 10 * error, "gradient of x", scale=1.0)
     if memory:
@@ -295,8 +307,77 @@ def test_reductions_compile_in_one_graph(loss: str) -> None:
     x, labels = rows_of(10, 8).float().requires_grad_(), LABELS
 
     def step(x: Tensor) -> Tensor:
-        return LOSSES[loss](x, labels, reduction="mean_all" if "contrastive" in loss or loss == "circle" else "none")
+        return LOSSES[loss](
+            x, labels, reduction="mean_all" if "contrastive" in loss or loss in ("circle", "cosface") else "none"
+        )
 
     expected = step(x)
     found = torch.compile(step, fullgraph=True, backend="aot_eager")(x)
     assert_close(found, expected, 1e-6, "compiled", scale=1.0)
+
+
+@pytest.mark.parametrize("kind", ["all", "easy", "semi-hard", "hard"])
+@pytest.mark.parametrize("memory", [False, True], ids=["batch", "memory"])
+def test_triplets(kind: str, memory: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against loops, in blocks of any size; gaps of 0 and of the margin among them."""
+    generator = torch.Generator().manual_seed(1)
+    matrix = torch.randint(0, 6, (10, 9 if memory else 10), generator=generator).double() / 4
+    y_labels = torch.arange(9) % 5
+    pairing = Pairing(LABELS, y_labels if memory else None)
+    positive, negative = masks(LABELS, y_labels if memory else None)
+    wanted = []
+    for a, p in positive.nonzero().tolist():
+        for n in negative[a].nonzero()[:, 0].tolist():
+            gap = float(matrix[a, n] - matrix[a, p])
+            chosen = {"all": True, "easy": gap > 0.5, "semi-hard": 0 < gap <= 0.5, "hard": gap <= 0}[kind]
+            wanted += [(a, p, n)] if chosen else []
+    assert wanted
+    for elements in (mining.BLOCK_ELEMENTS, 50, 1):
+        monkeypatch.setattr(mining, "BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr(rows, "BLOCK_ELEMENTS", elements)
+        found = triplets_from_distances(matrix, pairing, kind=kind, margin=0.5)
+        assert list(zip(*(side.tolist() for side in found), strict=True)) == wanted
+
+
+def test_triplets_are_those_of_pytorch_metric_learning() -> None:
+    miners = pytest.importorskip("pytorch_metric_learning.miners")
+    x = rows_of(10, 6)
+    for kind, theirs in (("semi-hard", "semihard"), ("easy", "easy"), ("hard", "hard")):
+        wanted = miners.TripletMarginMiner(margin=0.2, type_of_triplets=theirs)(x, LABELS)
+        matrix = distances(F.normalize(x), F.normalize(x), "euclidean")
+        found = triplets_from_distances(matrix, Pairing(LABELS), kind=kind, margin=0.2)
+        assert set(zip(*map(Tensor.tolist, found), strict=True)) == set(zip(*map(Tensor.tolist, wanted), strict=True))
+
+
+@pytest.mark.parametrize("positives", [(1, 1), (2, 2), (1, 3), (4, 7)], ids=str)
+@pytest.mark.parametrize("negatives", [(1, 1), (3, 12)], ids=str)
+def test_ranges_of_hardness(positives: tuple[int, int], negatives: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    matrix = torch.randint(0, 5, (10, 10), generator=generator).double()
+    matrix[3, 4], matrix[2, 0], matrix[2, 3], matrix[5, 1] = torch.nan, torch.nan, torch.inf, torch.inf
+    found = ranked_pairs_from_distances(matrix, Pairing(LABELS), positives=positives, negatives=negatives)
+    for side, mask, (first, last), sign in zip(found, masks(LABELS), (positives, negatives), (-1, 1), strict=True):
+        assert side.shape == (10, last - first + 1)
+        for i in range(10):
+            places = mask[i].nonzero()[:, 0].tolist()
+            order = sorted(places, key=lambda j: (not matrix[i, j].isnan(), sign * float(matrix[i, j]), j))
+            wanted = order[first - 1 : last]
+            assert side[i].tolist() == wanted + [-1] * (last - first + 1 - len(wanted))
+    if positives == negatives == (1, 1):
+        hardest = batch_hard_from_distances(matrix, Pairing(LABELS)).indices
+        assert all(torch.equal(side[:, 0], other) for side, other in zip(found, hardest, strict=True))
+
+
+@pytest.mark.parametrize("places", [(0, 1), (2, 1), (1,), [1, 2], (1.0, 2)], ids=str)
+def test_wrong_ranges(places: Any) -> None:
+    with pytest.raises(ValueError, match="negatives: expected a first and a last place, 1 or more, got"):
+        ranked_pairs_from_distances(torch.zeros(4, 4), Pairing(LABELS_4), negatives=places)
+
+
+def test_wrong_kinds() -> None:
+    with pytest.raises(ValueError, match="kind: expected 'all' or"):
+        triplets_from_distances(torch.zeros(4, 4), Pairing(LABELS_4), kind="medium")
+    with pytest.raises(ValueError, match="margin: expected a finite number of at least 0, got -1"):
+        triplets_from_distances(torch.zeros(4, 4), Pairing(LABELS_4), margin=-1)
+    empty = triplets_from_distances(torch.zeros(0, 0), Pairing(LABELS_4[:0]))
+    assert all(side.shape == (0,) and side.dtype == torch.int64 for side in empty)
