@@ -71,15 +71,16 @@ def curve(result: RankMetrics) -> np.ndarray:
     return result.cmc.cpu().numpy().astype(np.float32)
 
 
-def batch_hard_triplet(x: Tensor, labels: Tensor, margin: float) -> Tensor:
-    """The hinge of open-reid's batch-hard loss: the mean over all anchors, each its own positive, roots from 1e-6.
+def batch_hard_triplet(x: Tensor, labels: Tensor, margin: float, soft: bool = False) -> Tensor:
+    """Open-reid's batch-hard loss: the mean over all anchors, each its own positive, roots from 1e-6.
 
-    An anchor that is alone in its identity has the distance 0 to its positive, as to itself.
+    An anchor that is alone in its identity has the distance 0 to its positive, as to itself. `soft`: softplus in place
+    of the hinge.
     """
     mined = batch_hard(x, labels)
     near, far = (d.clamp(min=FLOOR) for d in mined.distances)
     valid = mined.indices.negative >= 0
-    return triplet_loss_from_distances(near, far, valid=valid, margin=margin, reduction="mean_all")
+    return triplet_loss_from_distances(near, far, valid=valid, margin=margin, soft=soft, reduction="mean_all")
 
 
 def re_ranking(
