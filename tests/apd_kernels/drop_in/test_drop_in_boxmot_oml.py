@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -102,10 +103,10 @@ def test_boxmot_itself() -> None:
 
 
 @pytest.fixture
-def oml(monkeypatch: pytest.MonkeyPatch) -> Any:
+def oml(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Our module over OML, or, where that is not installed or knows no NumPy 2, over a class of its shape."""
     try:
-        importlib.import_module("oml.miners")
+        importlib.import_module("oml.miners.inbatch_hard_tri")
     except (ImportError, AttributeError):
 
         class HardTripletsMiner:
@@ -117,8 +118,10 @@ def oml(monkeypatch: pytest.MonkeyPatch) -> Any:
         miners.inbatch_hard_tri = module  # type: ignore[attr-defined]
         for of in (package, miners, module):
             monkeypatch.setitem(sys.modules, of.__name__, of)
-    monkeypatch.delitem(sys.modules, "apd_kernels.drop_in.oml", raising=False)
-    return importlib.import_module("apd_kernels.drop_in.oml")
+    name = "apd_kernels.drop_in.oml"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module(name)
+    del sys.modules[name]
 
 
 @pytest.mark.parametrize("as_list", [False, True])
