@@ -18,13 +18,13 @@ from apd_kernels import (
     k_reciprocal_rerank,
     pairwise_distance,
     positive_ranks,
+    positive_ranks_from_distances,
     supervised_contrastive_loss,
     triplet_loss_from_distances,
 )
 from apd_kernels.drop_in import checking
-from apd_kernels.drop_in.arrays import CLAMP, draws, of_labels, ranked, ranks, tensor
+from apd_kernels.drop_in._shared import FLOOR, evaluated, labels_of, re_ranking, tensor
 from apd_kernels.drop_in.replacing import Replacement, original_of
-from apd_kernels.drop_in.torchreid import re_ranking
 from apd_kernels.evaluation.retrieval_metrics import PositiveRanks
 
 SAME_LENGTH = 1e-3  # of the longest row: how much shorter another may be to be of the same length
@@ -32,7 +32,7 @@ SAME_LENGTH = 1e-3  # of the longest row: how much shorter another may be to be 
 
 def euclidean_dist(x: Tensor, y: Tensor) -> Tensor:
     """Euclidean distances (M, N), at least 1e-6."""
-    return pairwise_distance(x, y).clamp(min=CLAMP)
+    return pairwise_distance(x, y).clamp(min=FLOOR)
 
 
 def cosine_dist(x: Tensor, y: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class TripletLoss(torch.nn.Module):
     def forward(self, emb: Tensor, label: Tensor) -> Tensor:
         x = torch.nn.functional.normalize(emb) if self.normalize_feature else emb
         found = batch_hard(x, label, x, label)
-        distances = (d.clamp(min=CLAMP) for d in found.distances)
+        distances = (d.clamp(min=FLOOR) for d in found.distances)
         return triplet_loss_from_distances(*distances, valid=found.valid, margin=self.margin, reduction="mean_all")
 
 
@@ -67,7 +67,7 @@ class SoftTripletLoss(torch.nn.Module):
         self.margin = margin
 
     def forward(self, emb: Tensor, label: Tensor) -> Tensor:
-        positive, negative = (d.clamp(min=CLAMP) for d in batch_hard(emb, label, emb, label).distances)
+        positive, negative = (d.clamp(min=FLOOR) for d in batch_hard(emb, label, emb, label).distances)
         terms = (
             triplet_loss_from_distances(positive, negative, margin=None, reverse=reverse, reduction="mean_all")
             for reverse in (True, False)
@@ -141,32 +141,38 @@ def cmc(
     first_match_break: bool = False,
 ) -> np.ndarray:
     """Their CMC; single images are drawn from NumPy's global generator."""
-    distances = tensor(distmat)
+    distances = tensor("distmat", distmat)
     labels = _labels(distances, query_ids, gallery_ids, query_cams, gallery_cams)
     if separate_camera_set:  # infinitely far: behind every positive, which are of other cameras
         distances = distances.float().masked_fill(labels[2][:, None] == labels[3], float("inf"))
     if single_gallery_shot:
         of_query, of_gallery, cams, gallery_cams = labels
-        found = ranked(distances, of_query, of_gallery, cams, gallery_cams, topk, **draws(True))
-        return found.cmc.cpu().numpy()
-    return ranks(distances, labels).cmc(topk, every_match=not first_match_break).cpu().numpy()
+        found = evaluated(distances, of_query, of_gallery, cams, gallery_cams, topk, True).cmc.cpu().numpy()
+        return np.pad(found, (0, topk - len(found)), mode="edge")
+    return _ranks(distances, labels).cmc(topk, every_match=not first_match_break).cpu().numpy()
 
 
 def mean_ap(
     distmat: Any, query_ids: Any = None, gallery_ids: Any = None, query_cams: Any = None, gallery_cams: Any = None
 ) -> float:
     """scikit-learn's average precision, the mean over the queries that have a match."""
-    distances = tensor(distmat)
+    distances = tensor("distmat", distmat)
     labels = _labels(distances, query_ids, gallery_ids, query_cams, gallery_cams)
-    return _mean_ap(ranks(distances, labels, "grouped"))
+    return _mean_ap(_ranks(distances, labels, "grouped"))
 
 
 def _labels(distances: Tensor, *given: Any) -> tuple[Tensor, ...]:
     """Where one is None: numbers from 0 as identities, camera 0 for queries and 1 for the gallery."""
     counts = (*distances.shape, *distances.shape)
     others = (np.arange(counts[0]), np.arange(counts[1]), np.zeros(counts[2], int), np.ones(counts[3], int))
-    labels = (other if one is None else one for one, other in zip(given, others, strict=True))
-    return of_labels(*labels, device=distances.device)
+    ids, gallery_ids, cams, gallery_cams = (
+        other if one is None else one for one, other in zip(given, others, strict=True)
+    )
+    return labels_of(ids, gallery_ids, cams, gallery_cams, distances.device)
+
+
+def _ranks(distances: Tensor, labels: tuple[Tensor, ...], ties: str = "stable") -> PositiveRanks:
+    return positive_ranks_from_distances(distances, *labels, ties=ties, junk=None, unknown_camera=None)
 
 
 def _mean_ap(found: PositiveRanks) -> float:
@@ -192,7 +198,7 @@ def compute_jaccard_distance(
     Raises:
         ValueError: rows of several lengths, and no original to turn to.
     """
-    features = tensor(target_features)
+    features = tensor("target_features", target_features)
     lengths = features.norm(dim=1)
     if len(features) and bool(lengths.amin() < (1 - SAME_LENGTH) * lengths.amax()):
         original = original_of(compute_jaccard_distance)
@@ -224,11 +230,14 @@ class Evaluator:
         """From features to figures without a matrix of distances; mAP, or with `cmc_flag` the CMC and mAP."""
         features, _ = _theirs(self, "extract_features")(self.model, data_loader)
         x, y = (torch.stack([features[name] for name, *_ in side]).flatten(1) for side in (query, gallery))
-        labels = of_labels(*([part[place] for part in side] for place in (1, 2) for side in (query, gallery)))
+        ids, gallery_ids, cams, gallery_cams = (
+            [part[place] for part in side] for place in (1, 2) for side in (query, gallery)
+        )
+        labels = labels_of(ids, gallery_ids, cams, gallery_cams, x.device)
         if rerank:  # the project squares its distances, which are squares already
             found = k_reciprocal_rerank(x, y, metric="sqeuclidean")
             matrix = found.dense()
-            curve, mean = ranks(matrix, labels).cmc(100), _mean_ap(ranks(matrix, labels, "grouped"))
+            curve, mean = _ranks(matrix, labels).cmc(100), _mean_ap(_ranks(matrix, labels, "grouped"))
         else:
             options: dict[str, Any] = {"metric": "euclidean", "junk": None, "unknown_camera": None}
             curve = positive_ranks(x, y, *labels, **options).cmc(100)

@@ -1,58 +1,107 @@
-"""torchreid (deep-person-reid): its functions and classes, made of this library's operations."""
+"""torchreid (deep-person-reid), from GitHub and from PyPI (``torchreid.reid``): its names, over our operations.
+
+Other than there: identities need not have equal numbers of images, and an anchor without a negative adds 0 to the loss
+(there an error); where fewer images are left than `max_rank` the CMC stays at its last value (there an error, or values
+of other queries); half precision gives float32.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os.path
+import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from apd_kernels import (
-    batch_hard,
-    k_reciprocal_rerank,
-    k_reciprocal_rerank_from_distances,
-    pairwise_distance,
-    triplet_loss_from_distances,
-)
+from apd_kernels._core.checks import check_choice
+from apd_kernels.distance import pairwise_distance
 from apd_kernels.drop_in import checking
-from apd_kernels.drop_in.arrays import CLAMP, curve, draws, evaluated, of_labels, ranked, reranked, tensor
+from apd_kernels.drop_in._shared import (
+    DRAWS,
+    LazyDistances,
+    batch_hard_triplet,
+    curve,
+    drawn_seed,
+    evaluated,
+    labels_of,
+    re_ranking,
+)
 from apd_kernels.drop_in.replacing import Replacement
+from apd_kernels.evaluation.ranking import rank_metrics
+from apd_kernels.evaluation.rerank import k_reciprocal_rerank
+
+__all__ = [
+    "TripletLoss",
+    "compute_distance_matrix",
+    "cosine_distance",
+    "euclidean_squared_distance",
+    "evaluate",
+    "evaluate_rank",
+    "re_ranking",
+]
 
 
-class TripletLoss(torch.nn.Module):
-    """Batch-hard triplets, the anchor its own positive; an anchor without a negative counts as 0."""
+class TripletLoss(nn.Module):
+    """Batch-hard triplet loss with a hinge (``torchreid.losses.TripletLoss``).
 
-    margin: float
+    Args:
+        margin: of the hinge, at least 0.
+
+    >>> import torch
+    >>> TripletLoss(margin=0.3)(torch.tensor([[0.0], [1.0], [1.5], [9.0]]), torch.tensor([7, 7, 8, 8]))
+    tensor(2.0250)
+    """
 
     def __init__(self, margin: float = 0.3) -> None:
         super().__init__()
         self.margin = margin
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        found = batch_hard(inputs, targets, inputs, targets)
-        distances = (d.clamp(min=CLAMP) for d in found.distances)
-        return triplet_loss_from_distances(*distances, valid=found.valid, margin=self.margin, reduction="mean_all")
+        """The mean over all anchors, each its own positive.
 
+        Args:
+            inputs: features, shape (N, D), floating.
+            targets: identities, shape (N,), any integer dtype.
 
-def compute_distance_matrix(input1: Tensor, input2: Tensor, metric: str = "euclidean") -> Tensor:
-    """Distances (M, N); ``"euclidean"`` are squares, as there, but none below 0."""
-    if metric == "euclidean":
-        return euclidean_squared_distance(input1, input2)
-    if metric == "cosine":
-        return cosine_distance(input1, input2)
-    raise ValueError(f"metric: expected 'euclidean' or 'cosine', got {metric!r}")
+        Returns:
+            A float32 scalar (float64 for float64).
+
+        Raises:
+            TypeError, ValueError: as `batch_hard`.
+        """
+        return batch_hard_triplet(inputs, targets, self.margin)
 
 
 def euclidean_squared_distance(input1: Tensor, input2: Tensor) -> Tensor:
-    """‖x − y‖²."""
+    """Squared Euclidean distances of the rows, (N, M); see `pairwise_distance`."""
     return pairwise_distance(input1, input2, metric="sqeuclidean")
 
 
 def cosine_distance(input1: Tensor, input2: Tensor) -> Tensor:
-    """1 − cos."""
+    """1 − cos of the rows, (N, M); see `pairwise_distance`."""
     return pairwise_distance(input1, input2, metric="cosine")
+
+
+def compute_distance_matrix(input1: Tensor, input2: Tensor, metric: str = "euclidean") -> Tensor:
+    """Distances of all rows of one matrix to all of another (``torchreid.metrics.compute_distance_matrix``).
+
+    Args:
+        input1, input2: features, shapes (N, D) and (M, D).
+        metric: ``"euclidean"``, which is the *square*, or ``"cosine"``, 1 − cos.
+
+    Returns:
+        (N, M), float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: as `pairwise_distance`; another metric.
+    """
+    check_choice("metric", metric, ("euclidean", "cosine"))
+    return (euclidean_squared_distance if metric == "euclidean" else cosine_distance)(input1, input2)
 
 
 def evaluate_rank(
@@ -65,96 +114,118 @@ def evaluate_rank(
     use_metric_cuhk03: bool = False,
     use_cython: bool = True,
 ) -> tuple[np.ndarray, float]:
-    """CMC and mAP. CUHK03's CMC draws single images by a seed from NumPy's global generator, as the project draws."""
-    found = ranked(distmat, q_pids, g_pids, q_camids, g_camids, max_rank, **draws(use_metric_cuhk03))
-    return curve(found, max_rank, len(tensor(g_pids))), found.mAP
+    """CMC and mAP of a distance matrix (``torchreid.metrics.evaluate_rank``).
+
+    Args:
+        distmat: distances, shape (Q, G); an array or a tensor. Equal ones rank in the order of the gallery.
+        q_pids, g_pids, q_camids, g_camids: identities and cameras, shapes (Q,) and (G,), whole numbers; −1 is one as
+            any other. Gallery images of the query's identity and camera are left out.
+        max_rank: length of the CMC; at most G.
+        use_metric_cuhk03: the CMC of single gallery images, the mean of ten draws. The draws are others than
+            torchreid's, one for all queries; `numpy.random.seed` fixes them.
+        use_cython: not read; there is one way here.
+
+    Returns:
+        ``(cmc, mAP)``: float32 (min(max_rank, G),), NumPy, and a float.
+
+    Raises:
+        TypeError, ValueError: as `rank_metrics_from_distances`, also where no query has an answer.
+    """
+    result = evaluated(distmat, q_pids, g_pids, q_camids, g_camids, max_rank, use_metric_cuhk03)
+    return curve(result), result.mAP
 
 
-def re_ranking(
-    q_g_dist: Any, q_q_dist: Any, g_g_dist: Any, k1: int = 20, k2: int = 6, lambda_value: float = 0.3
-) -> np.ndarray:
-    """Distances by k-reciprocal neighbours, from matrices that are squared; NumPy, tensors or both."""
-    matrices = (tensor(matrix) for matrix in (q_g_dist, q_q_dist, g_g_dist))
-    first, *others = matrices
-    others = [other.to(device=first.device, dtype=first.dtype) for other in others]
-    found = k_reciprocal_rerank_from_distances(first, *others, k1=k1, k2=k2, lambda_value=lambda_value)
-    return np.asarray(found, dtype=np.float32)
+@torch.no_grad()
+def evaluate(
+    self: Any,
+    dataset_name: str = "",
+    query_loader: Any = None,
+    gallery_loader: Any = None,
+    dist_metric: str = "euclidean",
+    normalize_feature: bool = False,
+    visrank: bool = False,
+    visrank_topk: int = 10,
+    save_dir: str = "",
+    use_metric_cuhk03: bool = False,
+    ranks: tuple[int, ...] | list[int] = (1, 5, 10, 20),
+    rerank: bool = False,
+) -> tuple[float, float]:
+    """`Engine._evaluate` of torchreid without a distance matrix: ``Engine._evaluate = drop_in.torchreid.evaluate``.
 
+    Features are extracted by the engine, and ranked as they come. Where images of different identities are equally far
+    from a query, the one of another identity comes first; after re-ranking, the order of the gallery decides. Pictures
+    of ranked lists (`visrank`) still need the matrix, which is then made.
 
-class Engine:
-    """torchreid's engine: only `_evaluate` is replaced."""
+    Args:
+        self: the engine. All others: as there.
 
-    use_gpu: bool
-    datamanager: Any
-    parse_data_for_eval: Callable[[Any], tuple[Tensor, Any, Any]]
-    extract_features: Callable[[Tensor], Tensor]
+    Returns:
+        ``(rank-1, mAP)``.
 
-    def _evaluate(
-        self,
-        dataset_name: str = "",
-        query_loader: Any = None,
-        gallery_loader: Any = None,
-        dist_metric: str = "euclidean",
-        normalize_feature: bool = False,
-        visrank: bool = False,
-        visrank_topk: int = 10,
-        save_dir: str = "",
-        use_metric_cuhk03: bool = False,
-        ranks: Sequence[int] = (1, 5, 10, 20),
-        rerank: bool = False,
-    ) -> tuple[float, float]:
-        """From features to figures without a matrix of distances; rank-1 and mAP."""
-        query, *of_query = _extracted(self, query_loader)
-        gallery, *of_gallery = _extracted(self, gallery_loader)
-        if normalize_feature:
-            query, gallery = (torch.nn.functional.normalize(x, dim=1) for x in (query, gallery))
-        metric = {"euclidean": "sqeuclidean", "cosine": "cosine"}.get(dist_metric)
-        if metric is None:
-            raise ValueError(f"dist_metric: expected 'euclidean' or 'cosine', got {dist_metric!r}")
-        labels = of_labels(of_query[0], of_gallery[0], of_query[1], of_gallery[1])
-        if rerank:
-            # The project squares its distances, which are squares already.
-            figures, distances = reranked(k_reciprocal_rerank(query, gallery, metric=metric), labels)
+    Raises:
+        TypeError, ValueError: as `rank_metrics`; another metric.
+    """
+    check_choice("dist_metric", dist_metric, ("euclidean", "cosine"))
+    sides = []
+    for name, loader in (("query", query_loader), ("gallery", gallery_loader)):
+        print(f"Extracting features from {name} set ...")
+        parts, ids, cams = [], [], []
+        spent = 0.0
+        for data in loader:
+            images, pids, camids = self.parse_data_for_eval(data)
+            if self.use_gpu:
+                images = images.cuda()
+            start = time.perf_counter()
+            features = self.extract_features(images)
+            spent += time.perf_counter() - start
+            parts.append(features.cpu())
+            ids += pids.tolist()
+            cams += camids.tolist()
+        features = torch.cat(parts)
+        print(f"Done, obtained {features.shape[0]}-by-{features.shape[1]} matrix, {spent / len(parts):.4f} sec/batch")
+        sides.append((F.normalize(features, dim=1) if normalize_feature else features, ids, cams))
+    (query, q_pids, q_camids), (gallery, g_pids, g_camids) = sides
+    labels = labels_of(q_pids, g_pids, q_camids, g_camids, query.device)
+
+    print("Computing CMC and mAP ...")
+    metric = "sqeuclidean" if dist_metric == "euclidean" else "cosine"
+    distances: Any = LazyDistances((len(query), len(gallery)), lambda: pairwise_distance(query, gallery, metric=metric))
+    if rerank:
+        distances = k_reciprocal_rerank(query, gallery, metric=metric)
+        if not use_metric_cuhk03:
+            result = distances.rank_metrics(*labels, ties="stable", junk=None, unknown_camera=None)
         else:
-            figures, distances = evaluated(query, gallery, labels, metric)
-        if use_metric_cuhk03:
-            ids, gallery_ids, cams, gallery_cams = labels
-            cmc, mean = evaluate_rank(distances, ids, gallery_ids, cams, gallery_cams, use_metric_cuhk03=True)
-        else:
-            cmc, mean = curve(figures, 50, len(gallery)), figures.mAP
-        print(f"mAP {mean:.1%}", *(f"rank-{rank} {cmc[rank - 1]:.1%}" for rank in ranks if rank <= len(cmc)), sep="  ")
-        if visrank:
-            _show(self, np.asarray(distances), dataset_name, save_dir, visrank_topk)
-        return cmc[0], mean
-
-
-def _extracted(engine: Any, loader: Any) -> tuple[Tensor, list[Any], list[Any]]:
-    features, ids, cams = [], [], []
-    for batch in loader:
-        images, of_ids, of_cams = engine.parse_data_for_eval(batch)
-        features.append(engine.extract_features(images.cuda() if engine.use_gpu else images).cpu())
-        ids.extend(of_ids.tolist())
-        cams.extend(of_cams.tolist())
-    return torch.cat(features), ids, cams
-
-
-def _show(engine: Any, distances: np.ndarray, dataset: str, folder: str, k: int) -> None:
-    """The project's own pictures of ranked lists."""
-    import importlib
-    import os
-
-    module = next(m for m in type(engine).__mro__ if m.__name__ == "Engine").__module__  # torchreid, torchreid.reid
-    show = importlib.import_module(module).visualize_ranked_results
-    data = engine.datamanager
-    show(
-        distances,
-        data.fetch_test_loaders(dataset),
-        data.data_type,
-        width=data.width,
-        height=data.height,
-        save_dir=os.path.join(folder, f"visrank_{dataset}"),
-        topk=k,
-    )
+            result = evaluated(distances.dense(), *labels, 50, True)
+    else:
+        result = rank_metrics(
+            query,
+            gallery,
+            *labels,
+            metric=metric,
+            single_shot=DRAWS if use_metric_cuhk03 else None,
+            seed=drawn_seed() if use_metric_cuhk03 else 0,
+            junk=None,
+            unknown_camera=None,
+        )
+    cmc = curve(result)
+    print("** Results **")
+    print(f"mAP: {result.mAP:.1%}")
+    print("CMC curve")
+    for rank in ranks:
+        print(f"Rank-{rank:<3}: {cmc[rank - 1]:.1%}")
+    if visrank:
+        # Where the engine's class is: "torchreid.engine.engine", or PyPI's "torchreid.reid.engine.engine".
+        (module,) = {sys.modules[of.__module__] for of in type(self).__mro__ if "_evaluate" in vars(of)}
+        module.visualize_ranked_results(
+            distances,
+            self.datamanager.fetch_test_loaders(dataset_name),
+            self.datamanager.data_type,
+            width=self.datamanager.width,
+            height=self.datamanager.height,
+            save_dir=os.path.join(save_dir, "visrank_" + dataset_name),
+            topk=visrank_topk,
+        )
+    return cmc[0], result.mAP
 
 
 def _in(module: str) -> tuple[str, ...]:
@@ -178,7 +249,7 @@ REPLACEMENTS = (
         "exact; ties stable; CUHK03 by other draws", ("evaluate_py", "eval_market1501", "eval_cuhk03"),
     ),
     Replacement(
-        "torchreid", "evaluator", _in("engine.engine"), "Engine._evaluate", Engine._evaluate, "exact; ties against"
+        "torchreid", "evaluator", _in("engine.engine"), "Engine._evaluate", evaluate, "exact; ties against"
     ),
     Replacement("torchreid", "rerank", _in("utils.rerank"), "re_ranking", re_ranking, _ROUNDING),
 )  # fmt: skip

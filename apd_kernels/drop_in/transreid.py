@@ -11,16 +11,18 @@ from torch import Tensor
 
 from apd_kernels import (
     Pairing,
+    RankMetrics,
     batch_hard,
     batch_hard_from_distances,
     k_reciprocal_rerank,
     k_reciprocal_rerank_from_distances,
     pairwise_distance,
+    rank_metrics,
     supervised_contrastive_loss,
     triplet_loss_from_distances,
 )
 from apd_kernels.drop_in import checking
-from apd_kernels.drop_in.arrays import CLAMP, LazyMatrix, curve, evaluated, of_labels, ranked, reranked, tensor
+from apd_kernels.drop_in._shared import FLOOR, LazyDistances, curve, evaluated, labels_of, tensor
 from apd_kernels.drop_in.replacing import Replacement
 
 
@@ -31,7 +33,7 @@ def normalize(x: Tensor, axis: int = -1) -> Tensor:
 
 def euclidean_dist(x: Tensor, y: Tensor) -> Tensor:
     """Euclidean distances (M, N), at least 1e-6."""
-    return pairwise_distance(x, y).clamp(min=CLAMP)
+    return pairwise_distance(x, y).clamp(min=FLOOR)
 
 
 def cosine_dist(x: Tensor, y: Tensor) -> Tensor:
@@ -63,8 +65,8 @@ class TripletLoss:
         x = normalize(global_feat) if normalize_feature else global_feat
         found = batch_hard(x, labels, x, labels)
         factor = getattr(self, "hard_factor", 0.0)  # strong-baseline has none
-        positive = found.distances.positive.clamp(min=CLAMP) * (1 + factor)
-        negative = found.distances.negative.clamp(min=CLAMP) * (1 - factor)
+        positive = found.distances.positive.clamp(min=FLOOR) * (1 + factor)
+        negative = found.distances.negative.clamp(min=FLOOR) * (1 - factor)
         loss = triplet_loss_from_distances(
             positive, negative, valid=found.valid, margin=self.margin, reduction="mean_all"
         )
@@ -86,12 +88,12 @@ class SupConLoss(torch.nn.Module):
 
 def euclidean_distance(qf: Tensor, gf: Tensor) -> np.ndarray:
     """Squared Euclidean distances as a NumPy matrix, none below 0."""
-    return pairwise_distance(tensor(qf), tensor(gf), metric="sqeuclidean").cpu().numpy()
+    return pairwise_distance(tensor("qf", qf), tensor("gf", gf), metric="sqeuclidean").cpu().numpy()
 
 
 def cosine_similarity(qf: Tensor, gf: Tensor) -> np.ndarray:
     """The angle, in spite of its name: the arccosine of the cosine within 1e-5 of 1."""
-    cosine = 1 - pairwise_distance(tensor(qf), tensor(gf), metric="cosine")
+    cosine = 1 - pairwise_distance(tensor("qf", qf), tensor("gf", gf), metric="cosine")
     return cosine.clamp(-1 + 1e-5, 1 - 1e-5).arccos().cpu().numpy()
 
 
@@ -99,8 +101,8 @@ def eval_func(
     distmat: Any, q_pids: Any, g_pids: Any, q_camids: Any, g_camids: Any, max_rank: int = 50
 ) -> tuple[np.ndarray, float]:
     """CMC and mAP."""
-    found = ranked(distmat, q_pids, g_pids, q_camids, g_camids, max_rank)
-    return curve(found, max_rank, len(tensor(g_pids))), found.mAP
+    found = evaluated(distmat, q_pids, g_pids, q_camids, g_camids, max_rank, False)
+    return curve(found), found.mAP
 
 
 def re_ranking(
@@ -114,11 +116,11 @@ def re_ranking(
 ) -> np.ndarray:
     """Distances by k-reciprocal neighbours, with encodings in float16."""
     options: dict[str, Any] = {"k1": k1, "k2": k2, "lambda_value": lambda_value, "variant": "transreid"}
-    query, gallery = tensor(probFea), tensor(galFea)
+    query, gallery = tensor("probFea", probFea), tensor("galFea", galFea)
     if local_distmat is None:
         return np.asarray(k_reciprocal_rerank(query, gallery, **options))
     count = len(query)
-    distances = tensor(local_distmat).to(query.device)
+    distances = tensor("local_distmat", local_distmat).to(query.device)
     if not only_local:
         distances = distances + pairwise_distance(torch.cat([query, gallery]), metric="sqeuclidean")
     parts = distances[:count, count:], distances[:count, :count], distances[count:, count:]
@@ -143,10 +145,9 @@ class R1_mAP_eval:
         self.pids.extend(np.asarray(pid))
         self.camids.extend(np.asarray(camid))
 
-    def compute(self) -> tuple[np.ndarray, float, LazyMatrix, list[Any], list[Any], Tensor, Tensor]:
+    def compute(self) -> tuple[np.ndarray, float, LazyDistances, list[Any], list[Any], Tensor, Tensor]:
         figures, distances, query, gallery = _figures(self, self.feat_norm, self.reranking, (50, 15))
-        cmc = curve(figures, 50, len(gallery))  # whatever `max_rank` is, as there
-        return cmc, figures.mAP, distances, self.pids, self.camids, query, gallery
+        return curve(figures), figures.mAP, distances, self.pids, self.camids, query, gallery
 
 
 class R1_mAP:
@@ -159,33 +160,38 @@ class R1_mAP:
     camids: list[Any]
 
     def compute(self) -> tuple[np.ndarray, float]:
-        figures, _, _, gallery = _figures(self, self.feat_norm == "yes", False, (20, 6))
-        return curve(figures, 50, len(gallery)), figures.mAP
+        figures, *_ = _figures(self, self.feat_norm == "yes", False, (20, 6))
+        return curve(figures), figures.mAP
 
 
 class R1_mAP_reranking(R1_mAP):
     """The same, re-ranked."""
 
     def compute(self) -> tuple[np.ndarray, float]:
-        figures, _, _, gallery = _figures(self, self.feat_norm == "yes", True, (20, 6))
-        return curve(figures, 50, len(gallery)), figures.mAP
+        figures, *_ = _figures(self, self.feat_norm == "yes", True, (20, 6))
+        return curve(figures), figures.mAP
 
 
 def _figures(
     collected: Any, normalized: bool, reranking: bool, sizes: tuple[int, int]
-) -> tuple[Any, LazyMatrix, Tensor, Tensor]:
+) -> tuple[RankMetrics, LazyDistances, Tensor, Tensor]:
+    """The CMC to rank 50, whatever the evaluator was given, as there."""
     features = torch.cat(collected.feats)
     if normalized:
         features = torch.nn.functional.normalize(features, dim=1)
     count = collected.num_query
     query, gallery = features[:count], features[count:]
     ids, cams = np.asarray(collected.pids), np.asarray(collected.camids)
-    labels = of_labels(ids[:count], ids[count:], cams[:count], cams[count:], device=features.device)
+    labels = labels_of(ids[:count], ids[count:], cams[:count], cams[count:], features.device)
+    options: dict[str, Any] = {"max_rank": min(50, max(1, len(gallery))), "junk": None, "unknown_camera": None}
+    shape = (len(query), len(gallery))
     if reranking:
         k1, k2 = sizes
         found = k_reciprocal_rerank(query, gallery, k1=k1, k2=k2, lambda_value=0.3, variant="transreid")
-        return *reranked(found, labels), query, gallery
-    return *evaluated(query, gallery, labels, "sqeuclidean"), query, gallery
+        return found.rank_metrics(*labels, **options), LazyDistances(shape, found.dense), query, gallery
+    figures = rank_metrics(query, gallery, *labels, metric="sqeuclidean", **options)
+    distances = LazyDistances(shape, lambda: pairwise_distance(query, gallery, metric="sqeuclidean"))
+    return figures, distances, query, gallery
 
 
 _LOSS, _METRICS = ("loss.triplet_loss", "layers.triplet_loss"), ("utils.metrics",)

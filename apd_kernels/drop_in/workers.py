@@ -1,6 +1,6 @@
 """The replacements in processes that are spawned: they start anew, and import the program's file before they work.
 
-A forked process has them already. A spawned one is told to import this module as the program's, which puts the
+A forked process has them already. A spawned one is told to take `spawned` for the program, which puts the
 replacements in place and then runs the program's file under the name that a spawned process gives it.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import multiprocessing.spawn
 import os
-import runpy
 from typing import Any
 
 CALLS = "APD_KERNELS_DROP_IN"  # the calls of `apply`, as JSON
@@ -33,21 +32,5 @@ def _preparation(name: str) -> dict[str, Any]:
     path = data.pop("init_main_from_path", None)
     module = data.pop("init_main_from_name", None)
     os.environ[PROGRAM] = json.dumps([path, module])
-    data["init_main_from_name"] = __name__
+    data["init_main_from_name"] = "apd_kernels.drop_in.spawned"
     return data
-
-
-def _begin() -> dict[str, Any]:
-    """In a spawned process: the replacements, then the program."""
-    from apd_kernels import drop_in
-
-    for call in json.loads(os.environ.get(CALLS, "[]")):
-        drop_in.apply(**call)
-    path, module = json.loads(os.environ.get(PROGRAM, "[null, null]"))
-    if path is not None:
-        return runpy.run_path(path, run_name="__mp_main__")
-    return {} if module is None else runpy.run_module(module, run_name="__mp_main__", alter_sys=True)
-
-
-if __name__ == "__mp_main__":
-    globals().update(_begin())
