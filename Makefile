@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 OLDEST := .venv-oldest
+PEERS := .venv-peers
 # A worker takes whole files, in the order of tests/conftest.py.
 WORKERS := -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-long test-oldest bench gpu lint clean
+.PHONY: help demo test test-long test-oldest bench peers gpu lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the tasks
@@ -51,8 +52,21 @@ bench: $(READY)  ## the benchmark suites: small sizes on the CPU, full sizes on 
 	$(BIN)/pytest benchmarks/ --benchmark-only --benchmark-json=runs/benchmarks/results.json
 	$(BIN)/python -m benchmarks.report runs/benchmarks/results.json
 
+# Each project asks for other versions of the rest: what its functions need is named here, and nothing else is installed.
+# fast-reid and OML use names of older Pythons and NumPys, which benchmarks/peers.py puts back.
+$(PEERS)/ready: Makefile
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet torch torchvision pytest pytest-timeout parameterized scikit-learn faiss-cpu \
+		pytorch-metric-learning opencv-python-headless termcolor yacs tabulate gdown h5py imageio tensorboard matplotlib six \
+		open-metric-learning boxmot
+	$(PEERS)/bin/python -m pip install --quiet --no-deps torchreid fastreid
+	@touch $@
+
+peers: $(PEERS)/ready  ## other Re-ID projects with their functions and with ours: agreement and times, into docs/drop-in.md
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(PEERS)/bin/python -m benchmarks.peers --page docs/drop-in.md
+
 gpu:  ## what a CUDA device says in ten minutes: correctness, errors, times; needs torch, triton, pytest, xdist, no venv
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --minutes 10
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache .benchmarks build *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(PEERS) .pytest_cache .mypy_cache .ruff_cache .benchmarks build *.egg-info

@@ -11,6 +11,7 @@ from apd_kernels._core.checks import check_choice, check_number
 from apd_kernels._core.operands import Operands, PreparedRows, checked_operands
 from apd_kernels._core.operators import differentiable, first_derivatives_only, internal_dtype, operator
 from apd_kernels._core.pairing import Pairing, checked_pairing
+from apd_kernels._core.reduction import REDUCTIONS, reduced
 from apd_kernels.mining import gradients
 from apd_kernels.reference import contrastive as reference
 
@@ -30,6 +31,7 @@ def circle_loss(
     y_domains: Tensor | None = None,
     positives: str = "all",
     negatives: str = "all",
+    reduction: str = "mean",
 ) -> Tensor:
     """Circle loss of cosine similarities (Sun et al., 2020, eq. 6; pairwise labels), without a similarity matrix.
 
@@ -47,12 +49,15 @@ def circle_loss(
         gamma: γ, above 0: 128 and 80 there.
         precision: of the products, as in `pairwise_distance`. Their rounding is multiplied by up to γ (1 + 2m) before
             the exponential: float32 grade leaves about 1e-5 of a term at γ = 128.
+        reduction: as in `triplet_loss`. ``"none"`` is made by `pair_reduce`, whose backward pass computes the products
+            again.
 
     Returns:
-        The loss, a float32 scalar ((S,) for S sets; float64 for float64 inputs). Where it is to be differentiated the
-        forward pass also computes the gradients of `x`, and of `y` where it needs one, so that nothing is computed
-        twice: they are held until the backward pass, which only scales them. Beside them at most 64 MB of pair weights
-        exist at a time. First derivatives only. An anchor paired with a NaN makes the loss NaN.
+        The loss, a float32 scalar ((S,) for S sets; float64 for float64 inputs), or the N terms, 0 where an anchor
+        does not count. Where it is to be differentiated the forward pass also computes the gradients of `x`, and of `y`
+        where it needs one, so that nothing is computed twice: they are held until the backward pass, which only scales
+        them. Beside them at most 64 MB of pair weights exist at a time. First derivatives only. An anchor paired with a
+        NaN makes the loss NaN.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device, size or choice.
@@ -64,9 +69,55 @@ def circle_loss(
     """
     check_number("margin", margin)
     _check_above_zero("gamma", gamma)
+    check_choice("reduction", reduction, REDUCTIONS)
+    if reduction == "none":
+        from apd_kernels.reducers import margin_terms
+
+        pairing = Pairing(labels, y_labels, own, domains, y_domains, y_valid, positives, negatives)
+        return reduced(*margin_terms("circle", x, y, pairing, float(gamma), float(margin), precision), reduction)
     x, rows, prepared, precision, backend = checked_operands(x, y, "cosine", precision)
     pairing = checked_pairing(x, labels, rows, y_labels, own, domains, y_domains, y_valid, positives, negatives)
-    return _loss(x, rows, prepared, pairing, "circle", float(gamma), float(margin), precision, backend)
+    return _loss(x, rows, prepared, pairing, "circle", float(gamma), float(margin), precision, backend, reduction)
+
+
+def cosface_loss(
+    x: Tensor,
+    pairing: Pairing,
+    y: Tensor | PreparedRows | None = None,
+    *,
+    margin: float = 0.25,
+    gamma: float = 128.0,
+    precision: str | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The pairwise form of CosFace: a circle loss without its weights, by `pair_reduce`.
+
+    The term of an anchor is softplus(LSE_p(−γ s_p) + LSE_n(γ (s_n + m))), with similarities as in `circle_loss`; as
+    fast-reid's ``pairwise_cosface``, whose mean is ``reduction="mean_all"``.
+
+    Args:
+        x: anchors, shape (N, D) or (S, N, D); float16, bfloat16, float32 or float64. Rows are normalised.
+        pairing: which pairs are positives and negatives: ``Pairing(labels)``, with ``y_labels`` where there is a `y`.
+        y: other rows, shape (M, D) or (S, M, D), or `prepare_rows` of them for ``"cosine"``.
+        margin, gamma, precision, reduction: as in `circle_loss`.
+
+    Returns:
+        The loss, a float32 scalar (float64 for float64 inputs), or the N terms. First derivatives only.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device, size or choice.
+
+    >>> import torch
+    >>> x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.5, 1.0]])
+    >>> cosface_loss(x, Pairing(torch.tensor([7, 7, 8, 8])), margin=0.25, gamma=8.0)
+    tensor(0.1914)
+    """
+    from apd_kernels.reducers import margin_terms
+
+    check_number("margin", margin)
+    _check_above_zero("gamma", gamma)
+    check_choice("reduction", reduction, REDUCTIONS)
+    return reduced(*margin_terms("cosface", x, y, pairing, float(gamma), float(margin), precision), reduction)
 
 
 def supervised_contrastive_loss(
@@ -84,6 +135,7 @@ def supervised_contrastive_loss(
     y_domains: Tensor | None = None,
     positives: str = "all",
     negatives: str = "all",
+    reduction: str = "mean",
 ) -> Tensor:
     """Supervised contrastive loss (Khosla et al., 2020, eq. 2: the sum outside the log), without a similarity matrix.
 
@@ -103,10 +155,11 @@ def supervised_contrastive_loss(
         temperature: τ, above 0.
         metric: ``"cosine"``, of rows that are normalised, or ``"dot"`` of rows as they are.
         precision: of the products, as in `pairwise_distance`; their rounding is divided by τ.
+        reduction: as in `circle_loss`.
 
     Returns:
-        The loss, a float32 scalar ((S,) for S sets; float64 for float64 inputs). Gradients, memory and NaN are as in
-        `circle_loss`.
+        The loss, a float32 scalar ((S,) for S sets; float64 for float64 inputs), or the N terms. Gradients, memory and
+        NaN are as in `circle_loss`.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device, size or choice.
@@ -121,9 +174,15 @@ def supervised_contrastive_loss(
     """
     _check_above_zero("temperature", temperature)
     check_choice("metric", metric, ("cosine", "dot"))
+    check_choice("reduction", reduction, REDUCTIONS)
+    if reduction == "none":
+        from apd_kernels.reducers import contrastive_terms
+
+        pairing = Pairing(labels, y_labels, own, domains, y_domains, y_valid, positives, negatives)
+        return reduced(*contrastive_terms(x, y, pairing, float(temperature), metric, precision), reduction)
     x, rows, prepared, precision, backend = checked_operands(x, y, metric, precision)
     pairing = checked_pairing(x, labels, rows, y_labels, own, domains, y_domains, y_valid, positives, negatives)
-    return _loss(x, rows, prepared, pairing, "contrastive", 1 / temperature, 0.0, precision, backend)
+    return _loss(x, rows, prepared, pairing, "contrastive", 1 / temperature, 0.0, precision, backend, reduction)
 
 
 def _check_above_zero(name: str, value: float) -> None:
@@ -142,13 +201,16 @@ def _loss(
     margin: float,
     precision: str,
     backend: str,
+    reduction: str,
 ) -> Tensor:
     with_gradient = torch.is_grad_enabled()
     needs_x = with_gradient and x.requires_grad
     needs_y = with_gradient and y is not None and y.requires_grad
     choices = form, scale, margin, precision, needs_x, needs_y, backend
-    loss, *_ = _contrastive_loss(x, y, *prepared, *pairing, *choices)
-    return loss
+    loss, share, *_ = _contrastive_loss(x, y, *prepared, *pairing, *choices)
+    if reduction == "mean":
+        return loss
+    return loss / share if reduction == "sum" else loss / (share * max(1, x.shape[-2]))
 
 
 def _fake(x: Tensor, y: Tensor | None, needs_x: bool, needs_y: bool, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

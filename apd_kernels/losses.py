@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apd_kernels._core.checks import check_choice, check_number, check_tensor
+from apd_kernels._core.checks import check_choice, check_floating, check_number, check_tensor
 from apd_kernels._core.operands import PreparedRows, checked_operands
 from apd_kernels._core.operators import differentiable, internal_dtype, operator
 from apd_kernels._core.pairing import checked_pairing
-from apd_kernels.mining import Pair, gradients, pair_gradient
+from apd_kernels._core.reduction import REDUCTIONS, reduced
+from apd_kernels.mining import HardPairs, Pair, batch_hard, gradients, pair_gradient
+from apd_kernels.paired import paired_distance
 from apd_kernels.reference import losses as reference
-from apd_kernels.weighting import weighted_pairs
+from apd_kernels.weighting import WeightedPairs, weighted_pairs
 
 MINING = ("hard", "weighted")
 
@@ -38,6 +40,7 @@ def triplet_loss(
     negatives: str = ...,
     indices: tuple[Tensor, Tensor] | None = ...,
     reverse: bool = ...,
+    reduction: str = ...,
     return_indices: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -59,6 +62,7 @@ def triplet_loss(
     negatives: str = ...,
     indices: tuple[Tensor, Tensor] | None = ...,
     reverse: bool = ...,
+    reduction: str = ...,
     return_indices: Literal[True],
 ) -> tuple[Tensor, Pair]: ...
 def triplet_loss(
@@ -79,13 +83,15 @@ def triplet_loss(
     negatives: str = "all",
     indices: tuple[Tensor, Tensor] | None = None,
     reverse: bool = False,
+    reduction: str = "mean",
     return_indices: bool = False,
 ) -> Tensor | tuple[Tensor, Pair]:
     """Triplet loss on the hardest pairs (Hermans et al., 2017) or on softly weighted ones (Ristani, Tomasi, 2018).
 
     With d_p the distance to the farthest positive and d_n that to the nearest negative, the term of an anchor is
     max(0, d_p − d_n + margin), or ln(1 + exp(d_p − d_n)) for ``margin=None``. The loss is the mean over anchors that
-    have both; 0 where none has.
+    have both; 0 where none has. Another form of the term, and distances that are there already or are wanted as well:
+    `triplet_loss_from_distances`.
 
     Args:
         x, labels, y, y_labels, metric, precision, own, y_valid, domains, y_domains, positives, negatives: as in
@@ -98,11 +104,13 @@ def triplet_loss(
             beyond the rows is PyTorch's error of indexing on its path and makes the loss NaN in the kernels.
         reverse: take d_n − d_p instead of d_p − d_n: the term then *removes* identity (APD, L_NK). The pairs mined are
             the same.
+        reduction: ``"mean"`` over the anchors that have both, in one operation; ``"mean_all"``: their sum over N;
+            ``"sum"``; ``"none"``: the term of each anchor, 0 where it lacks one.
         return_indices: also return the winners, so that several losses share one mining.
 
     Returns:
-        The loss, a float32 scalar ((S,) for S sets; float64 for float64 inputs), or ``(loss, indices)``. First
-        derivatives only.
+        The loss, a float32 scalar ((S,) for S sets; float64 for float64 inputs), with ``reduction="none"`` (N,) or
+        (S, N); or ``(loss, indices)``. First derivatives only.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or choice; winners given or asked for with
@@ -117,42 +125,124 @@ def triplet_loss(
         check_number("margin", margin)
         margin = float(margin)
     check_choice("mining", mining, MINING)
+    check_choice("reduction", reduction, REDUCTIONS)
+    pairing: dict[str, Any] = {
+        "own": own,
+        "y_valid": y_valid,
+        "domains": domains,
+        "y_domains": y_domains,
+        "positives": positives,
+        "negatives": negatives,
+    }
     if mining == "weighted":
         for name, value in (("indices", indices is not None), ("return_indices", return_indices)):
             if value:
                 raise ValueError(f"{name}: expected mining='hard', which has winners, got mining='weighted'")
-        pairs = weighted_pairs(
-            x,
-            labels,
-            y,
-            y_labels,
-            metric=metric,
-            precision=precision,
-            own=own,
-            y_valid=y_valid,
-            domains=domains,
-            y_domains=y_domains,
-            positives=positives,
-            negatives=negatives,
-        )
-        return _mean_term(*pairs.distances, pairs.valid, margin, reverse)
+        pairs = weighted_pairs(x, labels, y, y_labels, metric=metric, precision=precision, **pairing)
+        return _of_pairs(pairs, margin, reverse, reduction)
+    if reduction != "mean" and indices is None:
+        hard = batch_hard(x, labels, y, y_labels, metric=metric, precision=precision, **pairing)
+        loss = _of_pairs(hard, margin, reverse, reduction)
+        return (loss, hard.indices) if return_indices else loss
     x, rows, prepared, precision, backend = checked_operands(x, y, metric, precision)
-    pairing = checked_pairing(x, labels, rows, y_labels, own, domains, y_domains, y_valid, positives, negatives)
-    if indices is not None:
-        pair = _checked_indices(indices, x)
-        loss, _, _ = _triplet_loss_indexed(x, rows, *pair, margin, reverse, metric, backend)
-    else:
-        loss, _, _, *winners = _triplet_loss(x, rows, *prepared, *pairing, margin, reverse, metric, precision, backend)
+    checked = checked_pairing(x, labels, rows, y_labels, **pairing)
+    if indices is None:
+        loss, _, _, *winners = _triplet_loss(x, rows, *prepared, *checked, margin, reverse, metric, precision, backend)
         pair = Pair(*winners)
+    else:
+        pair = _checked_indices(indices, x)
+        if reduction == "mean":
+            loss, _, _ = _triplet_loss_indexed(x, rows, *pair, margin, reverse, metric, backend)
+        else:
+            distances = Pair(*(paired_distance(x, _taken(x if rows is None else rows, i), metric=metric) for i in pair))
+            valid = (pair.positive >= 0) & (pair.negative >= 0)
+            loss = _of_pairs(HardPairs(distances, pair, valid), margin, reverse, reduction)
     return (loss, pair) if return_indices else loss
 
 
-def _mean_term(positive: Tensor, negative: Tensor, valid: Tensor, margin: float | None, reverse: bool) -> Tensor:
-    """The mean over valid anchors of φ(±(d_p − d_n))."""
+def triplet_loss_from_distances(
+    positive: Tensor,
+    negative: Tensor,
+    *,
+    valid: Tensor | None = None,
+    margin: float | None = 0.3,
+    soft: bool = False,
+    reverse: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """The triplet loss of distances to positives and negatives, wherever they come from.
+
+    So every form of the loss is a mining, what happens to its distances, and this. Of `batch_hard`, `weighted_pairs`,
+    or their counterparts for a distance matrix: with the distances for the log, a floor
+    (``mined.distances.positive.clamp(min=1e-6)``) or a factor. Of given triplets (a, p, n): with
+    ``paired_distance(x[a], x[p])`` and ``paired_distance(x[a], x[n])``.
+
+    Args:
+        positive, negative: distances d_p and d_n of each anchor or triplet, one shape (…, N); float16, bfloat16,
+            float32 or float64.
+        valid: which count, bool, of their shape; all when None.
+        margin: m, at least 0; None for the soft margin ln(1 + exp(d_p − d_n)).
+        soft: take ln(1 + exp(d_p − d_n + m)) instead of max(0, d_p − d_n + m).
+        reverse: take d_n − d_p instead of d_p − d_n.
+        reduction: over the last dimension, as in `triplet_loss`.
+
+    Returns:
+        The loss, in the dtype of the distances. An operation of PyTorch: differentiable as often as its inputs.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or choice; `soft` without a margin.
+
+    >>> import torch
+    >>> from apd_kernels import batch_hard
+    >>> x = torch.tensor([[0.0], [1.0], [1.5], [9.0]])
+    >>> mined = batch_hard(x, torch.tensor([7, 7, 8, 8]))
+    >>> triplet_loss_from_distances(*mined.distances, valid=mined.valid, margin=0.3, reduction="none")
+    tensor([0.0000, 0.8000, 7.3000, 0.0000])
+    """
+    check_floating("positive", positive)
+    if valid is None:
+        valid = torch.ones_like(positive, dtype=torch.bool)
+    for name, other, dtype in (("negative", negative, positive.dtype), ("valid", valid, torch.bool)):
+        check_tensor(name, other)
+        if other.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype}, got {other.dtype}")
+        if other.shape != positive.shape or other.device != positive.device:
+            raise ValueError(
+                f"{name}: expected shape {tuple(positive.shape)} on {positive.device} as positive, "
+                f"got {tuple(other.shape)} on {other.device}"
+            )
+    if margin is not None:
+        check_number("margin", margin)
+    elif soft:
+        raise ValueError("soft: expected with a margin, got margin=None, which is the soft margin without one")
+    check_choice("reduction", reduction, REDUCTIONS)
+    return _of_distances(positive, negative, valid, margin, soft, reverse, reduction)
+
+
+def _of_pairs(pairs: HardPairs | WeightedPairs, margin: float | None, reverse: bool, reduction: str) -> Tensor:
+    return _of_distances(*pairs.distances, pairs.valid, margin, False, reverse, reduction)
+
+
+def _of_distances(
+    positive: Tensor,
+    negative: Tensor,
+    valid: Tensor,
+    margin: float | None,
+    soft: bool,
+    reverse: bool,
+    reduction: str,
+) -> Tensor:
     gap = negative - positive if reverse else positive - negative
     gap = torch.where(valid, gap, 0)  # not in the result, but 0 · NaN would be in the gradient
-    term = F.softplus(gap, threshold=40) if margin is None else (gap + margin).relu()
-    return torch.where(valid, term, 0).sum(-1) / valid.sum(-1).clamp(min=1)
+    if margin is not None:
+        gap = gap + margin
+    terms = F.softplus(gap, threshold=40) if soft or margin is None else gap.relu()
+    return reduced(terms, valid, reduction)
+
+
+def _taken(rows: Tensor, index: Tensor) -> Tensor:
+    """rows[index], of each set its own; row 0 for −1."""
+    return rows.gather(-2, index.clamp(min=0)[..., None].expand(*index.shape, rows.shape[-1]))
 
 
 def _checked_indices(indices: tuple[Tensor, Tensor], x: Tensor) -> Pair:

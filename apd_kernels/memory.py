@@ -10,6 +10,7 @@ from apd_kernels._core.backend import named_backend, resolve_backend
 from apd_kernels._core.checks import check_features, check_floating, check_integers, check_number
 from apd_kernels._core.operators import operator
 from apd_kernels._core.rows import unit_rows
+from apd_kernels.paired import paired_distance
 from apd_kernels.reference import memory as reference
 
 NO_LABEL = torch.iinfo(torch.int64).min  # the label of every slot of an empty memory: no batch may use it
@@ -153,6 +154,8 @@ class ClusterMemory(Module):
         identities: number of identities, at least 1; their labels are 0 … identities − 1.
         dimension: of a centroid, at least 1.
         momentum: m, from 0 to 1: the share of the old centroid.
+        hardest: of several samples of an identity in a batch only the least similar to its centroid counts (x·c, of
+            equal ones the first): cluster-contrast's hard form.
         dtype: of the centroids, float32 or float64.
         device: of the buffers.
 
@@ -185,13 +188,14 @@ class ClusterMemory(Module):
         dimension: int,
         *,
         momentum: float = 0.2,
+        hardest: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         _check_count("identities", identities)
         _check_count("dimension", dimension)
-        self.momentum = momentum
+        self.momentum, self.hardest = momentum, hardest
         self._checked_momentum()
         self.register_buffer("centroids", torch.zeros(identities, dimension, dtype=dtype, device=device))
         self.register_buffer("valid", torch.zeros(identities, dtype=torch.bool, device=device))
@@ -228,7 +232,37 @@ class ClusterMemory(Module):
             if named_backend() is not None:
                 raise ValueError(f"x: the 'triton' backend takes at most {MAX_DIMENSION} dimensions, got {x.shape[1]}")
             backend = "torch"
+        if self.hardest:
+            labels = self._of_hardest(x.detach(), labels)
         _momentum_update(self.centroids, self.valid, x.detach(), labels, momentum, backend)
+
+    def update_in_backward(self, x: Tensor, labels: Tensor) -> None:
+        """`update` once in every backward pass that reaches `x`, as cluster-contrast's memory does.
+
+        A loss that needs the centroids in its backward pass has to be computed from a copy of them, as `rows` is.
+
+        Args:
+            x, labels: as in `update`; `x` requires a gradient.
+
+        Raises:
+            TypeError, ValueError: as `update`; `x` without a gradient, which no backward pass reaches.
+        """
+        _check_batch(x, labels, self.centroids)
+        if not x.requires_grad:
+            raise ValueError("x: expected features that require a gradient, got some without")
+        x.register_hook(lambda _: self.update(x.detach(), labels))
+
+    @torch.no_grad()
+    def _of_hardest(self, x: Tensor, labels: Tensor) -> Tensor:
+        """The labels with −1, which no identity has, for all but the least similar sample of each."""
+        labels = labels.to(torch.int64)
+        centroid = self.centroids[labels.clamp(0, len(self.valid) - 1)]
+        similarity = paired_distance(x.to(centroid.dtype), centroid, metric="dot").neg()
+        place = torch.arange(len(labels), device=labels.device)
+        harder = (similarity[None] < similarity[:, None]) | (
+            (similarity[None] == similarity[:, None]) & (place[None] < place[:, None])
+        )
+        return labels.masked_fill(((labels[:, None] == labels) & harder).any(1), -1)
 
     @torch.no_grad()
     def reset(self, x: Tensor, labels: Tensor) -> None:
@@ -266,7 +300,9 @@ class ClusterMemory(Module):
 
     def extra_repr(self) -> str:
         identities, dimension = self.centroids.shape
-        return f"identities={identities}, dimension={dimension}, momentum={self.momentum}{_dtype_repr(self.centroids)}"
+        hardest = ", hardest=True" if self.hardest else ""
+        of_rows = f"{hardest}{_dtype_repr(self.centroids)}"
+        return f"identities={identities}, dimension={dimension}, momentum={self.momentum}{of_rows}"
 
 
 def _check_count(name: str, value: object) -> None:

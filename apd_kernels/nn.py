@@ -50,12 +50,13 @@ class TripletLoss(_Configured):
         metric: ``"euclidean"``, ``"sqeuclidean"``, ``"cosine"`` or ``"dot"``.
         reverse: whether the term removes identity instead (APD, L_NK).
         mining: ``"hard"`` or ``"weighted"``.
+        reduction: ``"mean"``, ``"mean_all"``, ``"sum"`` or ``"none"``.
 
     >>> import torch
     >>> from apd_kernels import nn
     >>> criterion = nn.TripletLoss(margin=0.3)
     >>> criterion
-    TripletLoss(margin=0.3, metric='euclidean', reverse=False, mining='hard')
+    TripletLoss(margin=0.3, metric='euclidean', reverse=False, mining='hard', reduction='mean')
     >>> criterion(torch.tensor([[0.0], [1.0], [1.5], [9.0]]), torch.tensor([7, 7, 8, 8]))
     tensor(2.0250)
     """
@@ -64,11 +65,17 @@ class TripletLoss(_Configured):
     metric: str
     reverse: bool
     mining: str
+    reduction: str
 
     def __init__(
-        self, margin: float | None = 0.3, metric: str = "euclidean", reverse: bool = False, mining: str = "hard"
+        self,
+        margin: float | None = 0.3,
+        metric: str = "euclidean",
+        reverse: bool = False,
+        mining: str = "hard",
+        reduction: str = "mean",
     ) -> None:
-        super().__init__(margin=margin, metric=metric, reverse=reverse, mining=mining)
+        super().__init__(margin=margin, metric=metric, reverse=reverse, mining=mining, reduction=reduction)
 
     def forward(
         self,
@@ -91,6 +98,7 @@ class TripletLoss(_Configured):
             metric=self.metric,
             reverse=self.reverse,
             mining=self.mining,
+            reduction=self.reduction,
             indices=indices,
             **pairing,
         )
@@ -100,22 +108,23 @@ class CircleLoss(_Configured):
     """Circle loss, see `circle_loss`.
 
     Args:
-        margin, gamma: as in `circle_loss`.
+        margin, gamma, reduction: as in `circle_loss`.
 
     >>> import torch
     >>> from apd_kernels import nn
     >>> criterion = nn.CircleLoss(gamma=32.0)
     >>> criterion
-    CircleLoss(margin=0.25, gamma=32.0)
+    CircleLoss(margin=0.25, gamma=32.0, reduction='mean')
     >>> criterion(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.5, 1.0]]), torch.tensor([7, 7, 8, 8]))
     tensor(3.3074)
     """
 
     margin: float
     gamma: float
+    reduction: str
 
-    def __init__(self, margin: float = 0.25, gamma: float = 128.0) -> None:
-        super().__init__(margin=margin, gamma=gamma)
+    def __init__(self, margin: float = 0.25, gamma: float = 128.0, reduction: str = "mean") -> None:
+        super().__init__(margin=margin, gamma=gamma, reduction=reduction)
 
     def forward(
         self,
@@ -126,29 +135,32 @@ class CircleLoss(_Configured):
         **pairing: Any,
     ) -> Tensor:
         """The loss of (N, D) or (S, N, D), also against a memory `y`; ``own`` to ``negatives`` as in `circle_loss`."""
-        return circle_loss(x, labels, y, y_labels, margin=self.margin, gamma=self.gamma, **pairing)
+        return circle_loss(
+            x, labels, y, y_labels, margin=self.margin, gamma=self.gamma, reduction=self.reduction, **pairing
+        )
 
 
 class SupervisedContrastiveLoss(_Configured):
     """Supervised contrastive loss, see `supervised_contrastive_loss`.
 
     Args:
-        temperature, metric: as in `supervised_contrastive_loss`.
+        temperature, metric, reduction: as in `supervised_contrastive_loss`.
 
     >>> import torch
     >>> from apd_kernels import nn
     >>> criterion = nn.SupervisedContrastiveLoss(0.5)
     >>> criterion
-    SupervisedContrastiveLoss(temperature=0.5, metric='cosine')
+    SupervisedContrastiveLoss(temperature=0.5, metric='cosine', reduction='mean')
     >>> criterion(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.5, 1.0]]), torch.tensor([7, 7, 8, 8]))
     tensor(0.4471)
     """
 
     temperature: float
     metric: str
+    reduction: str
 
-    def __init__(self, temperature: float = 0.1, metric: str = "cosine") -> None:
-        super().__init__(temperature=temperature, metric=metric)
+    def __init__(self, temperature: float = 0.1, metric: str = "cosine", reduction: str = "mean") -> None:
+        super().__init__(temperature=temperature, metric=metric, reduction=reduction)
 
     def forward(
         self,
@@ -160,7 +172,14 @@ class SupervisedContrastiveLoss(_Configured):
     ) -> Tensor:
         """The loss of (N, D) or (S, N, D), also against a memory `y`, and which pairs count as in `batch_hard`."""
         return supervised_contrastive_loss(
-            x, labels, y, y_labels, temperature=self.temperature, metric=self.metric, **pairing
+            x,
+            labels,
+            y,
+            y_labels,
+            temperature=self.temperature,
+            metric=self.metric,
+            reduction=self.reduction,
+            **pairing,
         )
 
 

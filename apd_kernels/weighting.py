@@ -9,9 +9,10 @@ from torch import Tensor
 
 from apd_kernels._core.operands import PreparedRows, checked_operands
 from apd_kernels._core.operators import differentiable, first_derivatives_only, internal_dtype, operator
-from apd_kernels._core.pairing import checked_pairing
+from apd_kernels._core.pairing import Pairing, checked_matrix_pairing, checked_pairing
 from apd_kernels.mining import Pair, gradients
 from apd_kernels.reference import weighting as reference
+from apd_kernels.reference.pairing import pair_masks
 
 
 class WeightedPairs(NamedTuple):
@@ -73,6 +74,40 @@ def weighted_pairs(
     )
     missing = -float("inf")
     return WeightedPairs(Pair(positive, negative), (of_positives != missing) & (of_negatives != missing))
+
+
+def weighted_pairs_from_distances(distances: Tensor, pairing: Pairing) -> WeightedPairs:
+    """`weighted_pairs` of distances that somebody else has computed.
+
+    Args:
+        distances, pairing: as in `batch_hard_from_distances`.
+
+    Returns:
+        `WeightedPairs`, in float32 (float64 for float64). An operation of PyTorch, differentiable as often as the
+        distances; it makes some matrices of their size.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or choice.
+
+    >>> import torch
+    >>> distances = torch.tensor([[0.0, 1.0, 5.0], [1.0, 0.0, 4.0], [5.0, 4.0, 0.0]])
+    >>> weighted_pairs_from_distances(distances, Pairing(torch.tensor([7, 7, 8]))).distances.negative
+    tensor([5.0000, 4.0000, 4.2689])
+    """
+    pairing = checked_matrix_pairing(distances, pairing)
+    d = distances.to(internal_dtype(distances))
+    positive, negative = pair_masks(pairing, slice(0, len(d)))
+    means = Pair(_softly(d, d, positive), _softly(d, -d, negative))
+    return WeightedPairs(means, positive.any(1) & negative.any(1))
+
+
+def _softly(d: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
+    """Σ softmax(logits) d under the mask, 0 where it is empty."""
+    if not d.shape[1]:
+        return d.sum(1)
+    some = mask.any(1, keepdim=True)
+    weights = logits.masked_fill(~mask, -torch.inf).masked_fill(~some, 0).softmax(1)
+    return torch.where(some, weights * torch.where(mask, d, 0), 0).sum(1)
 
 
 def _fake(x: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

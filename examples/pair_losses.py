@@ -12,27 +12,10 @@ from torch import Tensor
 
 from apd_kernels import paired_distance
 from apd_kernels.pairs import Pairing, PairReducer, jit, pair_reduce, tl
+from apd_kernels.reducers import exponentials, joined, log_total
 
 # Lifted structured loss, generalised (Song et al., 2016; Hermans et al., 2017):
 #     mean_i max(0, ln Σ_p exp(d_ip) + ln Σ_n exp(m − d_in))
-
-
-@jit
-def log_total(largest, total):
-    return tl.where(total > 0, largest + tl.log(tl.where(total > 0, total, 1.0)), -1e30)
-
-
-@jit
-def exponentials(logits, mask):
-    """The largest logit under the mask, and the total of the exponentials less it."""
-    largest = tl.maximum(tl.max(tl.where(mask, logits, -1e30), 1), -1e30)
-    return largest, tl.sum(tl.where(mask, tl.exp(tl.where(mask, logits - largest[:, None], 0.0)), 0.0), 1)
-
-
-@jit
-def added(largest, total, other, other_total):
-    larger = tl.maximum(largest, other)
-    return larger, total * tl.exp(largest - larger) + other_total * tl.exp(other - larger)
 
 
 def lifted_tile(d, positive, negative, values):
@@ -42,8 +25,8 @@ def lifted_tile(d, positive, negative, values):
 
 
 def lifted_combine(state, later):
-    farthest, of_positives = added(state[0], state[1], later[0], later[1])
-    nearest, of_negatives = added(state[2], state[3], later[2], later[3])
+    farthest, of_positives = joined(state[0], state[1], later[0], later[1])
+    nearest, of_negatives = joined(state[2], state[3], later[2], later[3])
     return farthest, of_positives, nearest, of_negatives
 
 

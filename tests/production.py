@@ -7,8 +7,10 @@ from collections.abc import Callable
 import example_losses
 import torch
 
+from apd_kernels import reducers
 from apd_kernels._core.operands import Operands
 from apd_kernels._core.pairing import Pairing
+from apd_kernels._core.reducer import PairReducer
 from apd_kernels.kernels import (
     adversarial,
     contrastive,
@@ -282,11 +284,22 @@ def _weighted(x: torch.Tensor, y: torch.Tensor | None, pairing: Pairing, metric:
 def _pairs_of_losses(x: torch.Tensor, y: torch.Tensor | None, pairing: Pairing, precision: str = "fp32") -> None:
     """The reducers of the examples."""
     losses_of_pairs = example_losses.load()
-    for reducer, values, parameters in (
+    _reduced_pairs(x, y, pairing, precision, (
         (losses_of_pairs.LIFTED, 0, [1.0]),
         (losses_of_pairs.SIMILAR, 2, [2.0, 50.0, 0.5, 0.1]),
         (losses_of_pairs.RANKS, 1, [0.01]),
-    ):
+    ))  # fmt: skip
+
+
+def _reduced_pairs(
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    pairing: Pairing,
+    precision: str,
+    of_losses: tuple[tuple[PairReducer, int, list[float]], ...],
+) -> None:
+    """Each with its number of values and its parameters."""
+    for reducer, values, parameters in of_losses:
         rows = x.shape[:-1]
         choices = Operands(), pairing, _rows(values, *rows), parameters, reducer.key, "euclidean", precision
         results = pairs.pair_reduce(x, y, *choices)
@@ -297,6 +310,13 @@ def _pairs_of_losses(x: torch.Tensor, y: torch.Tensor | None, pairing: Pairing, 
 def pair_reduce() -> None:
     _pairs_of_losses(_rows(4096, 2048), None, Pairing(_indices(4096)))
     _pairs_of_losses(_rows(256, 2048), _rows(8192, 2048), _ruled(256, 8192), "tf32")
+
+
+@case
+def contrastive_terms() -> None:
+    """The losses by anchor."""
+    both = (reducers.CIRCLE, 0, [128.0, 0.25]), (reducers.CONTRASTIVE, 0, [10.0, 1.0])
+    _reduced_pairs(_rows(4096, 2048), None, Pairing(_indices(4096)), "fp32", both)
 
 
 @over_sizes

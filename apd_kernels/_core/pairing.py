@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from apd_kernels._core.checks import check_choice, check_integers, check_tensor
+from apd_kernels._core.checks import check_choice, check_floating, check_integers, check_tensor
 
 DOMAIN_RULES = ("all", "within", "across")
 
@@ -83,3 +83,22 @@ def checked_pairing(
         if positives == negatives == "all":  # nothing to leave out: the shorter path
             domains = y_domains = None
     return Pairing(labels, y_labels, own, domains, y_domains, y_valid, positives, negatives)
+
+
+def checked_matrix_pairing(distances: Tensor, pairing: Pairing) -> Pairing:
+    """The pairing of the rows of a distance matrix (N, M) with its columns; both checked.
+
+    Raises:
+        TypeError, ValueError: as `checked_pairing`; a pairing without `y_labels` of a matrix that is not square.
+    """
+    check_floating("distances", distances)
+    if distances.dim() != 2:
+        raise ValueError(f"distances: expected shape (N, M), got {tuple(distances.shape)}")
+    if not isinstance(pairing, Pairing):
+        raise TypeError(f"pairing: expected a Pairing, got {type(pairing).__name__}")
+    rows, columns = distances.shape
+    if pairing.y_labels is None and rows != columns:
+        raise ValueError(f"pairing: expected y_labels with distances of shape {(rows, columns)}, got None")
+    others = None if pairing.y_labels is None else distances.mT  # as many as columns
+    labels, y_labels, own, domains, y_domains, y_valid, positives, negatives = pairing
+    return checked_pairing(distances, labels, others, y_labels, own, domains, y_domains, y_valid, positives, negatives)

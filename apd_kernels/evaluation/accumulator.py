@@ -17,6 +17,7 @@ from apd_kernels._core.precision import resolve_precision
 from apd_kernels.distributed import gathered_rows
 from apd_kernels.evaluation.retrieval_metrics import (
     Matched,
+    PositiveRanks,
     RankMetrics,
     Thresholds,
     check_cameras,
@@ -24,7 +25,9 @@ from apd_kernels.evaluation.retrieval_metrics import (
     checked_unlabelled,
     match,
     nothing_to_count,
+    one_of_each,
     positive_pairs,
+    ranked,
     reached,
     sorted_thresholds,
     summarised,
@@ -206,6 +209,20 @@ class RankAccumulator:
             ValueError: no query has a positive.
             RuntimeError: other pieces were counted than were added.
         """
+        thresholds, rows = self._complete("compute")
+        queries = len(self._order)
+        return summarised(self._negatives, thresholds, rows, queries, self._ap, self._ties, self._max_rank)
+
+    @torch.no_grad()
+    def positive_ranks(self) -> PositiveRanks:
+        """The rank of every positive, once every piece has been added and counted; the errors as in `compute`, and a
+        ValueError with ``ties="expected"``, where a positive has no single rank."""
+        if self._ties == "expected":
+            raise ValueError("ties: expected one rank for a positive, got 'expected'")
+        return ranked(self._negatives, *self._complete("positive_ranks"), len(self._order), self._ties)
+
+    def _complete(self, name: str) -> tuple[Thresholds, Tensor]:
+        """The thresholds, and the queries that have a positive."""
         if self._thresholds is None:
             self._close()
         thresholds, chosen = self._thresholds, self._chosen
@@ -215,16 +232,15 @@ class RankAccumulator:
             raise nothing_to_count(len(self._order), self._added, self._cams is not None)
         if self._counted != self._added:
             raise RuntimeError(
-                f"compute: expected every piece of the gallery in both passes, got {self._added} images in "
+                f"{name}: expected every piece of the gallery in both passes, got {self._added} images in "
                 f"add_positives and {self._counted} in count"
             )
         if self._difference:
             raise RuntimeError(
-                "compute: expected the same pieces of the gallery in both passes, got others in count than in "
+                f"{name}: expected the same pieces of the gallery in both passes, got others in count than in "
                 "add_positives, by their identities and cameras"
             )
-        rows, queries = self._order[chosen], len(self._order)
-        return summarised(self._negatives, thresholds, rows, queries, self._ap, self._ties, self._max_rank)
+        return thresholds, self._order[chosen]
 
     def draw(
         self, gallery_ids: Tensor, gallery_cams: Tensor | None, generator: torch.Generator
@@ -236,10 +252,10 @@ class RankAccumulator:
         gallery_ids = gallery_ids.long()
         order = self._image.argsort()
         order = order[self._row[order].argsort(stable=True)]  # the same draws from a gallery in other pieces
-        pairs = order[_one_of_each(self._row[order], generator)]
+        pairs = order[one_of_each(self._row[order], generator)]
         draw._row, draw._similarity, draw._image = self._row[pairs], self._similarity[pairs], self._image[pairs]
         known = (~self._unlabelled.is_junk(gallery_ids)).nonzero()[:, 0]
-        images = known[_one_of_each(gallery_ids[known], generator)]
+        images = known[one_of_each(gallery_ids[known], generator)]
         draw._added = len(images)
         draw._difference = _mark(gallery_ids[images], None if gallery_cams is None else gallery_cams[images])
         return draw, images
@@ -339,13 +355,3 @@ def _mark(ids: Tensor, cams: Tensor | None) -> int:
     code = ids.long() * 0x1E3779B97F4A7C15 + (0 if cams is None else cams.long() * 0x42B2AE3D27D4EB4F)
     code = (code ^ (code >> 29)) * 0x3F58476D1CE4E5B9
     return int((code ^ (code >> 32)).sum())
-
-
-def _one_of_each(values: Tensor, generator: torch.Generator) -> Tensor:
-    """One random place of each value, by ascending value."""
-    drawn = torch.rand(len(values), dtype=torch.float64, generator=generator, device="cpu")
-    order = drawn.argsort().to(values.device)
-    order = order[values[order].argsort(stable=True)]
-    first = torch.ones_like(order, dtype=torch.bool)
-    first[1:] = values[order[1:]] != values[order[:-1]]
-    return order[first]

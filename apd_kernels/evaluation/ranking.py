@@ -10,24 +10,39 @@ the distance grows. Both phases take it with the same tile arithmetic, so that e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from apd_kernels._core.checks import check_floating, check_integers
+from apd_kernels._core.checks import check_choice, check_floating, check_integers, check_number
 from apd_kernels._core.compiler import outside_of_graphs
 from apd_kernels._core.operators import internal_dtype
 from apd_kernels.evaluation.accumulator import RankAccumulator, Shard
 from apd_kernels.evaluation.retrieval_metrics import (
+    TIES_OF_DISTANCES,
+    BlockCounts,
+    PositiveRanks,
     RankMetrics,
+    Unlabelled,
     check_labels,
     check_options,
     check_own,
     checked_unlabelled,
-    metrics_of_blocks,
+    counts_of_blocks,
 )
 from apd_kernels.evaluation.rows import padded
 
-__all__ = ["RankAccumulator", "RankMetrics", "rank_metrics", "rank_metrics_from_distances"]
+__all__ = [
+    "PositiveRanks",
+    "RankAccumulator",
+    "RankMetrics",
+    "positive_ranks",
+    "positive_ranks_from_distances",
+    "rank_metrics",
+    "rank_metrics_from_distances",
+    "tpr_at_fpr_from_distances",
+]
 
 _BLOCK_ELEMENTS = 1 << 24  # of a distance matrix that are worked on at once, by all threads together
 # Of the copy that is made of a gallery; a larger one is worked on in pieces, which are copied once in each pass.
@@ -79,7 +94,8 @@ def rank_metrics(
         ap: ``"rectangular"``: AP is the mean of the precision at each positive; ``"trapezoidal"``: of the mean of the
             precision before and at it, as in the first Market-1501 code.
         ties: ``"pessimistic"``; ``"optimistic"``: a positive comes first; ``"expected"``: the expectation over all
-            orders of the images at one distance, for twice the counting.
+            orders of the images at one distance, for twice the counting; ``"grouped"``: images at one distance all have
+            the last of their places, as in scikit-learn's average precision.
         max_rank: length of the CMC; where fewer gallery images are left, it stays at its last value.
         precision: of float32 products on tensor cores, as in `pairwise_distance`.
         exclude: (Q,) int64, each query's own place in the gallery, or −1: a data set of one camera, searched in
@@ -120,15 +136,80 @@ def rank_metrics(
         junk=junk,
         unknown_camera=unknown_camera,
     )
-    if single_shot is not None:
-        if isinstance(single_shot, bool) or not isinstance(single_shot, int):
-            raise TypeError(f"single_shot: expected an int, got {type(single_shot).__name__}")
-        if single_shot < 1:
-            raise ValueError(f"single_shot: expected at least 1, got {single_shot}")
-    _check_seed(seed)
+    draws = _checked_draws(single_shot, seed)
+    unlabelled = checked_unlabelled(junk, unknown_camera)
+    curves = _counted(ranks, gallery, query_ids, gallery_ids, gallery_cams, exclude, unlabelled, draws, seed)
+    result = ranks.compute()
+    return result._replace(cmc=torch.stack(curves).mean(0)) if curves else result
+
+
+@outside_of_graphs("positive_ranks reads its data: call it outside the compiled part")
+@torch.no_grad()
+def positive_ranks(
+    query: Tensor,
+    gallery: Tensor,
+    query_ids: Tensor,
+    gallery_ids: Tensor,
+    query_cams: Tensor | None = None,
+    gallery_cams: Tensor | None = None,
+    *,
+    metric: str = "cosine",
+    ties: str = "pessimistic",
+    precision: str | None = None,
+    exclude: Tensor | None = None,
+    junk: int | None = -1,
+    unknown_camera: int | None = -1,
+) -> PositiveRanks:
+    """The rank of every positive of every query, exactly, from features, for figures that `RankMetrics` lacks.
+
+    The result has R-precision, MAP@R and MRR@k; other figures of ranked lists are a line over its ranks.
+
+    Args:
+        query, gallery, query_ids, gallery_ids, query_cams, gallery_cams, metric, precision, exclude, junk,
+        unknown_camera: as in `rank_metrics`.
+        ties: as in `rank_metrics`, but for ``"expected"``.
+
+    Returns:
+        `PositiveRanks` ``(query, rank, hit, positives)``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `rank_metrics`.
+
+    >>> import torch
+    >>> gallery = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+    >>> positive_ranks(gallery[:1], gallery, torch.tensor([7]), torch.tensor([8, 7, 7])).rank
+    tensor([2, 3])
+    """
+    ranks = RankAccumulator(
+        query,
+        query_ids,
+        query_cams,
+        metric=metric,
+        ties=ties,
+        precision=precision,
+        exclude=exclude,
+        junk=junk,
+        unknown_camera=unknown_camera,
+    )
+    _counted(ranks, gallery, query_ids, gallery_ids, gallery_cams, exclude, checked_unlabelled(junk, unknown_camera))
+    return ranks.positive_ranks()
+
+
+def _counted(
+    ranks: RankAccumulator,
+    gallery: Tensor,
+    query_ids: Tensor,
+    gallery_ids: Tensor,
+    gallery_cams: Tensor | None,
+    exclude: Tensor | None,
+    unlabelled: Unlabelled,
+    draws: int = 0,
+    seed: int = 0,
+) -> list[Tensor]:
+    """Both passes over the gallery, in pieces where it is large, and the CMC of each draw of single images."""
     ranks.check(gallery, gallery_ids, gallery_cams)
     if exclude is not None:
-        check_own(exclude, query_ids, gallery_ids, checked_unlabelled(junk, unknown_camera))
+        check_own(exclude, query_ids, gallery_ids, unlabelled)
 
     def shard(ranks: RankAccumulator, images: slice | Tensor) -> Shard:
         cams = None if gallery_cams is None else gallery_cams[images]
@@ -140,16 +221,26 @@ def rank_metrics(
     for piece in pieces:
         ranks.add(whole or shard(ranks, piece))
     generator = torch.Generator("cpu").manual_seed(seed)
-    draws = []
-    for _ in range(single_shot or 0):
+    curves = []
+    for _ in range(draws):
         draw, images = ranks.draw(gallery_ids, gallery_cams, generator)
         for drawn in images.split(max(1, size // 2)):  # half: they are gathered before they are copied
             draw.count_shard(shard(draw, drawn))
-        draws.append(draw.compute().cmc)
+        curves.append(draw.compute().cmc)
     for piece in pieces:
         ranks.count_shard(whole or shard(ranks, piece))
-    result = ranks.compute()
-    return result._replace(cmc=torch.stack(draws).mean(0)) if draws else result
+    return curves
+
+
+def _checked_draws(single_shot: int | None, seed: int) -> int:
+    _check_seed(seed)
+    if single_shot is None:
+        return 0
+    if isinstance(single_shot, bool) or not isinstance(single_shot, int):
+        raise TypeError(f"single_shot: expected an int, got {type(single_shot).__name__}")
+    if single_shot < 1:
+        raise ValueError(f"single_shot: expected at least 1, got {single_shot}")
+    return single_shot
 
 
 def _check_seed(seed: int) -> None:
@@ -179,6 +270,8 @@ def rank_metrics_from_distances(
     ties: str = "pessimistic",
     max_rank: int = 50,
     exclude: Tensor | None = None,
+    single_shot: int | None = None,
+    seed: int = 0,
     junk: int | None = -1,
     unknown_camera: int | None = -1,
 ) -> RankMetrics:
@@ -187,8 +280,9 @@ def rank_metrics_from_distances(
     Args:
         distances: shape (Q, G), smaller is nearer; float16, bfloat16, float32 or float64, any strides. It is read in
             blocks of rows, 64 MB at a time.
-        query_ids, gallery_ids, query_cams, gallery_cams, ap, ties, max_rank, exclude, junk, unknown_camera: as in
-            `rank_metrics`.
+        query_ids, gallery_ids, query_cams, gallery_cams, ap, max_rank, exclude, single_shot, seed, junk,
+        unknown_camera: as in `rank_metrics`; the same draws.
+        ties: as in `rank_metrics`, or ``"stable"``: images at one distance are in the order of the gallery.
 
     Returns:
         `RankMetrics`, tensors on the device of the distances.
@@ -204,31 +298,162 @@ def rank_metrics_from_distances(
     >>> result.cmc, round(result.mAP, 4)
     (tensor([0., 1., 1.], dtype=torch.float64), 0.5833)
     """
+    check_options(ap, ties, max_rank, TIES_OF_DISTANCES)
+    labels = query_ids, gallery_ids, query_cams, gallery_cams
+    draws = _checked_draws(single_shot, seed)
+    counted = _counted_in(distances, labels, ties, exclude, checked_unlabelled(junk, unknown_camera), draws, seed)
+    return counted.metrics(distances.shape[0], ap, ties, max_rank)
+
+
+@outside_of_graphs("positive_ranks_from_distances reads its data: call it outside the compiled part")
+@torch.no_grad()
+def positive_ranks_from_distances(
+    distances: Tensor,
+    query_ids: Tensor,
+    gallery_ids: Tensor,
+    query_cams: Tensor | None = None,
+    gallery_cams: Tensor | None = None,
+    *,
+    ties: str = "pessimistic",
+    exclude: Tensor | None = None,
+    junk: int | None = -1,
+    unknown_camera: int | None = -1,
+) -> PositiveRanks:
+    """`positive_ranks` of distances that somebody else has computed.
+
+    Args:
+        distances, query_ids, gallery_ids, query_cams, gallery_cams, exclude, junk, unknown_camera: as in
+            `rank_metrics_from_distances`.
+        ties: as there, but for ``"expected"``.
+
+    Returns:
+        `PositiveRanks` ``(query, rank, hit, positives)``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `rank_metrics_from_distances`.
+
+    >>> import torch
+    >>> distances = torch.tensor([[0.3, 0.3, 0.5]])
+    >>> positive_ranks_from_distances(distances, torch.tensor([7]), torch.tensor([7, 8, 7]), ties="stable").rank
+    tensor([1, 3])
+    """
+    check_choice("ties", ties, tuple(choice for choice in TIES_OF_DISTANCES if choice != "expected"))
+    labels = query_ids, gallery_ids, query_cams, gallery_cams
+    counted = _counted_in(distances, labels, ties, exclude, checked_unlabelled(junk, unknown_camera))
+    return counted.ranks(distances.shape[0], ties)
+
+
+def _counted_in(
+    distances: Tensor,
+    labels: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    ties: str,
+    exclude: Tensor | None,
+    unlabelled: Unlabelled,
+    draws: int = 0,
+    seed: int = 0,
+) -> BlockCounts:
+    _check_matrix(distances, labels)
+    if exclude is not None:
+        check_integers("exclude", exclude, distances.shape[0], distances.device)
+    if distances.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("rank_metrics: expected a call outside CUDA graph capture; its steps depend on the data")
+    if exclude is not None:
+        check_own(exclude, labels[0], labels[1], unlabelled)
+    dtype = internal_dtype(distances)
+    return counts_of_blocks(
+        lambda rows: distances[rows].to(dtype),
+        _rows_at_once(distances),
+        *labels,
+        ties=ties,
+        unlabelled=unlabelled,
+        exclude=exclude,
+        draws=draws,
+        seed=seed,
+    )
+
+
+def _check_matrix(distances: Tensor, labels: tuple[Tensor, Tensor, Tensor | None, Tensor | None]) -> None:
     check_floating("distances", distances)
     if distances.dim() != 2:
         raise ValueError(f"distances: expected shape (Q, G), got {tuple(distances.shape)}")
     queries, images = distances.shape
-    check_labels(query_ids, gallery_ids, query_cams, gallery_cams, (queries, images), distances.device)
-    if exclude is not None:
-        check_integers("exclude", exclude, queries, distances.device)
-    check_options(ap, ties, max_rank)
-    unlabelled = checked_unlabelled(junk, unknown_camera)
-    if distances.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("rank_metrics: expected a call outside CUDA graph capture; its steps depend on the data")
-    if exclude is not None:
-        check_own(exclude, query_ids, gallery_ids, unlabelled)
-    dtype = internal_dtype(distances)
+    check_labels(*labels, (queries, images), distances.device)
+
+
+def _rows_at_once(distances: Tensor) -> int:
     at_once = 1 if distances.is_cuda else torch.get_num_threads()  # blocks
-    return metrics_of_blocks(
-        lambda rows: distances[rows].to(dtype),
-        max(1, _BLOCK_ELEMENTS // at_once // max(1, images)),
-        query_ids,
-        gallery_ids,
-        query_cams,
-        gallery_cams,
-        ap=ap,
-        ties=ties,
-        max_rank=max_rank,
-        unlabelled=unlabelled,
-        exclude=exclude,
-    )
+    return max(1, _BLOCK_ELEMENTS // at_once // max(1, distances.shape[1]))
+
+
+@outside_of_graphs("tpr_at_fpr_from_distances reads its data: call it outside the compiled part")
+@torch.no_grad()
+def tpr_at_fpr_from_distances(
+    distances: Tensor,
+    query_ids: Tensor,
+    gallery_ids: Tensor,
+    query_cams: Tensor | None = None,
+    gallery_cams: Tensor | None = None,
+    *,
+    fpr: Sequence[float] = (1e-4, 1e-3, 1e-2),
+    junk: int | None = -1,
+    unknown_camera: int | None = -1,
+) -> Tensor:
+    """The share of the pairs of one person that a threshold on the distance accepts, where it accepts at most so large
+    a share of the pairs of two: the ROC of verification at some places, exactly.
+
+    Pairs are all of a query and a gallery image but those that `rank_metrics` removes or ignores.
+
+    Args:
+        distances, query_ids, gallery_ids, query_cams, gallery_cams, junk, unknown_camera: as in
+            `rank_metrics_from_distances`. Beside blocks of 64 MB max(fpr) · Q · G distances are kept.
+        fpr: false positive rates, each from 0 to below 1.
+
+    Returns:
+        True positive rates, (len(fpr),) float64.
+
+    Raises:
+        TypeError, ValueError: as `rank_metrics_from_distances`; no pair of one person, or none of two.
+
+    >>> import torch
+    >>> distances = torch.tensor([[0.3, 0.25, 0.5], [0.6, 0.2, 0.4]])
+    >>> ids = torch.tensor([7, 8]), torch.tensor([7, 8, 7])
+    >>> tpr_at_fpr_from_distances(distances, *ids, fpr=(0.0, 0.4))
+    tensor([0.3333, 0.6667], dtype=torch.float64)
+    """
+    _check_matrix(distances, (query_ids, gallery_ids, query_cams, gallery_cams))
+    unlabelled = checked_unlabelled(junk, unknown_camera)
+    for rate in fpr:
+        check_number("fpr", rate)
+        if rate >= 1:
+            raise ValueError(f"fpr: expected rates below 1, got {rate}")
+    query_ids, gallery_ids = query_ids.long(), gallery_ids.long()
+    queries = (~unlabelled.is_junk(query_ids)).nonzero()[:, 0]
+    images = ~unlabelled.is_junk(gallery_ids)
+    most = int(max(fpr, default=0) * queries.numel() * int(images.sum())) + 1
+    positives, nearest, impostors = [], distances.new_empty(0), 0
+    for rows in queries.split(_rows_at_once(distances)):
+        block = distances[rows]
+        if block.isnan().any():
+            raise ValueError("distances: expected no NaN, got one")
+        same = query_ids[rows, None] == gallery_ids
+        genuine = same & images
+        if query_cams is not None and gallery_cams is not None:
+            genuine &= ~unlabelled.removed(query_ids[rows, None], query_cams[rows, None], gallery_ids, gallery_cams)
+        negative = ~same & images
+        positives.append(block[genuine])
+        impostors += int(negative.sum())
+        nearest = torch.cat([nearest, block[negative]])
+        if nearest.numel() > most:
+            nearest = nearest.topk(most, largest=False, sorted=False).values
+    found = torch.cat(positives) if positives else nearest.new_empty(0)
+    if not found.numel() or not impostors:
+        raise ValueError(
+            f"query_ids: expected pairs of one person and pairs of two, got {found.numel()} and {impostors}"
+        )
+    nearest = nearest.sort().values
+    rates = []
+    for rate in fpr:
+        accepted = int(rate * impostors)  # the next one is refused, and what is as far as it
+        below = found < nearest[accepted] if accepted < impostors else torch.ones_like(found, dtype=torch.bool)
+        rates.append(below.double().mean())
+    return torch.stack(rates)

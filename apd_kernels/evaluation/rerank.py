@@ -7,8 +7,9 @@ once for the lists and, for the queries, once more for the result. See reference
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,16 +28,17 @@ from apd_kernels._core.operators import implementation_context, internal_dtype
 from apd_kernels._core.rows import unit_rows
 from apd_kernels.evaluation.neighbors import Neighbors
 from apd_kernels.evaluation.retrieval_metrics import (
+    TIES_OF_DISTANCES,
     RankMetrics,
     check_labels,
     check_options,
     checked_unlabelled,
-    metrics_of_blocks,
+    counts_of_blocks,
 )
 from apd_kernels.evaluation.rows import centred_products, largest_of, scale_of
 from apd_kernels.reference import rerank as reference
 
-VARIANTS = ("torchreid", "transreid")
+VARIANTS = ("torchreid", "transreid", "fastreid")
 RERANK_METRICS = ("euclidean", "sqeuclidean", "cosine")
 JACCARD_METRICS = ("euclidean", "cosine")
 
@@ -68,19 +70,24 @@ class RerankedDistances:
 
     def __init__(
         self,
-        distances: reference.Distances,
         queries: int,
         encoding: reference.Encoding,
-        largest: Tensor,
-        power: int,
         lambda_value: float,
+        share: Callable[[Tensor], Tensor],
+        like: Tensor,
     ) -> None:
-        self.shape = (queries, distances.count - queries)
-        self._distances, self._encoding, self._largest = distances, encoding, largest
-        self._power, self._lambda = power, lambda_value
+        """`share` gives what λ stands before: of some queries to all images, anew each time."""
+        self.shape = (queries, len(encoding.sums) - queries)
+        self._encoding, self._lambda, self._share, self._like = encoding, lambda_value, share, like
 
     def __repr__(self) -> str:
         return f"RerankedDistances(shape={self.shape}, lambda_value={self._lambda:g})"
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """`dense` as NumPy's matrix, for functions that want one."""
+        if copy is False:
+            raise ValueError("copy: expected None or True, as the distances are computed when they are asked for")
+        return np.asarray(self.dense().cpu().numpy(), dtype=dtype)
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """All distances, query block by query block.
@@ -89,13 +96,13 @@ class RerankedDistances:
             ``(rows, distances)``: a slice of the queries and their distances to the whole gallery, shape
             (rows.stop − rows.start, G), float32 (float64 for float64 inputs), about 64 MB.
         """
-        for rows in reference.blocks(self.shape[0], self._distances.count):
+        for rows in reference.blocks(self.shape[0], len(self._encoding.sums)):
             yield rows, self._block(self._queries(rows))
 
     @torch.no_grad()
     def dense(self) -> Tensor:
         """All distances as one (Q, G) matrix."""
-        result = self._largest.new_empty(self.shape)
+        result = self._like.new_empty(self.shape)
 
         def work(rows: slice) -> None:
             result[rows] = self._block(self._queries(rows))
@@ -115,7 +122,7 @@ class RerankedDistances:
         """
         queries, images = self.shape
         check_length("k", k, images)
-        distances = self._largest.new_full((queries, k), float("inf"))
+        distances = self._like.new_full((queries, k), float("inf"))
         indices = torch.full((queries, k), -1, device=distances.device)
         kept = min(k, images)
         if kept:
@@ -148,7 +155,7 @@ class RerankedDistances:
             gallery_ids: identity of each gallery image, shape (G,).
             query_cams: camera of each query, shape (Q,); None (then also `gallery_cams`) keeps every gallery image.
             gallery_cams: camera of each gallery image, shape (G,).
-            ap, ties, junk, unknown_camera: as in `rank_metrics`.
+            ap, ties, junk, unknown_camera: as in `rank_metrics_from_distances`.
             max_rank: length of the CMC.
 
         Returns:
@@ -157,40 +164,37 @@ class RerankedDistances:
         Raises:
             TypeError, ValueError: as `rank_metrics`.
         """
-        check_labels(query_ids, gallery_ids, query_cams, gallery_cams, self.shape, self._largest.device)
-        check_options(ap, ties, max_rank)
-        return metrics_of_blocks(
+        check_labels(query_ids, gallery_ids, query_cams, gallery_cams, self.shape, self._like.device)
+        check_options(ap, ties, max_rank, TIES_OF_DISTANCES)
+        counted = counts_of_blocks(
             self._block,
-            reference.rows_at_once(self._distances.count),
+            reference.rows_at_once(len(self._encoding.sums)),
             query_ids,
             gallery_ids,
             query_cams,
             gallery_cams,
-            ap=ap,
             ties=ties,
-            max_rank=max_rank,
             unlabelled=checked_unlabelled(junk, unknown_camera),
         )
+        return counted.metrics(self.shape[0], ap, ties, max_rank)
 
     def _queries(self, rows: slice) -> Tensor:
-        return torch.arange(rows.start, rows.stop, device=self._largest.device)
+        return torch.arange(rows.start, rows.stop, device=self._like.device)
 
     def _each(self, work: Callable[[slice], None]) -> None:
         """Of every block of queries, in threads on the CPU."""
-        reference.each_rows(self._largest, work, self.shape[0], self._distances.count)
+        reference.each_rows(self._like, work, self.shape[0], len(self._encoding.sums))
 
     @torch.no_grad()
     def _block(self, queries: Tensor) -> Tensor:
-        """λ (s/max s)^power + (1 − λ) Jaccard of some queries and the gallery."""
+        """λ · share + (1 − λ) Jaccard of some queries and the gallery."""
         first = self.shape[0]
-        with implementation_context(self._largest, "torch"):
+        with implementation_context(self._like, "torch"):
             result = reference.jaccard(self._encoding, queries)[:, first:]
-            share = torch.tensor(1 - self._lambda, dtype=result.dtype, device="cpu")  # float16 rounds it too
-            result = result.mul_(share).to(self._largest.dtype)
+            weight = torch.tensor(1 - self._lambda, dtype=result.dtype, device="cpu")  # float16 rounds it too
+            result = result.mul_(weight).to(self._like.dtype)
             if self._lambda:
-                own = self._distances.block(queries)[:, first:]
-                own = reference.divided(own, self._largest[queries, None]).pow_(self._power)
-                result += own.mul_(self._lambda)
+                result += self._share(queries)[:, first:].mul_(self._lambda)
         return result
 
 
@@ -208,10 +212,11 @@ def k_reciprocal_rerank(
 ) -> RerankedDistances:
     """Re-rank galleries by the neighbours that images share (Zhong et al., CVPR 2017, 1701.08398), from features.
 
-    The result is λ d²/max d² + (1 − λ) Jaccard, over queries and gallery as one set. No N×N matrix is made: memory is
-    a copy of the features, some hundred numbers an image and a few blocks of 64 MB (more beyond 65,536 images: 256
-    rows). Equal distances are ordered by the image's place, queries first, then the gallery; features that are all
-    equal give 0.
+    The result is λ d²/max d² + (1 − λ) Jaccard, over queries and gallery as one set (variant "fastreid": λ d). No N×N
+    matrix is made: memory is a copy of the features, some hundred numbers an image and a few blocks of 64 MB (more
+    beyond 65,536 images: 256 rows). Equal distances are ordered by the image's place, queries first, then the gallery;
+    features that are all equal give 0. Which images are in a list, rounding does not decide: where products of float32
+    leave it open, the differences of the rows are taken in float64.
 
     An evaluation operation in PyTorch for every device: it waits for the GPU, raises on what it finds in the data, and
     is neither compiled by `torch.compile` nor captured in a CUDA graph. Its products follow PyTorch's matmul precision
@@ -226,6 +231,8 @@ def k_reciprocal_rerank(
         variant: ``"torchreid"``: the square of `metric` over its maximum, as in torchreid, fast-reid, BAU and
             cluster-contrast. ``"transreid"``: the same of Euclidean distances with encodings in float16, as in
             TransReID, CLIP-ReID and strong-baseline; some 4e-3 off exact arithmetic, and as far below 0 as there.
+            ``"fastreid"``: the distance `metric` itself, and the Jaccard distance of `jaccard_distance`, which is what
+            fast-reid's evaluator calls re-ranking.
         metric: ``"euclidean"``; ``"sqeuclidean"``, whose square torchreid's and fast-reid's own evaluation takes; or
             ``"cosine"``, 1 − cos, where a zero row is at distance 1 from all others.
 
@@ -250,9 +257,19 @@ def k_reciprocal_rerank(
     check_choice("metric", metric, RERANK_METRICS)
     if variant == "transreid" and metric != "euclidean":
         raise ValueError(f"metric: expected 'euclidean' for variant 'transreid', got {metric!r}")
-    rows, count, _ = _prepared({"query": query, "gallery": gallery}, metric)
+    rows, count, scale = _prepared({"query": query, "gallery": gallery}, metric)
     with implementation_context(rows, "torch"):
-        distances = reference.RowDistances(rows, count)
+        distances = reference.RowDistances(rows, count, (query, gallery), metric == "cosine")
+    if variant == "fastreid":
+        encoding = _jaccard_encoding(distances, k1, k2, scale, rows.dtype)
+
+        def distance(queries: Tensor) -> Tensor:
+            squared = distances.block(queries)
+            if metric == "cosine":
+                return squared.div_(2)
+            return squared.sqrt_().div_(scale) if metric == "euclidean" else squared.div_(scale).div_(scale)
+
+        return RerankedDistances(len(query), encoding, lambda_value, distance, rows[:0])
     # 1 − cos is half the squared distance of unit rows; factors vanish in the division by the maximum.
     return _reranked(distances, len(query), k1, k2, lambda_value, variant, 1 if metric == "euclidean" else 2)
 
@@ -306,7 +323,7 @@ def k_reciprocal_rerank_from_distances(
         check_same_kind(name, matrix, "query_gallery", query_gallery)
         if matrix.shape != (size, size):
             raise ValueError(f"{name}: expected shape ({size}, {size}), got {tuple(matrix.shape)}")
-    _check_parameters(k1, k2, lambda_value, variant)
+    _check_parameters(k1, k2, lambda_value, variant, VARIANTS[:2])
     for name, matrix in given.items():
         if not all(block.isfinite().all() for block in matrix.split(reference.TILE_ROWS)):
             raise ValueError(f"{name}: expected finite distances, got NaN or infinity")
@@ -318,7 +335,14 @@ def k_reciprocal_rerank_from_distances(
 @outside_of_graphs(_BETWEEN_STEPS)
 @torch.no_grad()
 def jaccard_distance(
-    features: Tensor, *, k1: int = 20, k2: int = 6, metric: str = "euclidean", sparse: bool = False
+    features: Tensor,
+    gallery: Tensor | None = None,
+    *,
+    k1: int = 20,
+    k2: int = 6,
+    metric: str = "euclidean",
+    sparse: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Jaccard distances of k-reciprocal encodings among all rows of a set, as clustering of pseudo-labels takes them.
 
@@ -329,14 +353,18 @@ def jaccard_distance(
 
     Args:
         features: shape (N, D); float16, bfloat16, float32 or float64.
-        k1: length of the neighbour lists; at most N count.
+        gallery: shape (G, D), dtype and device as `features`. Then the set is both, and the distances are those of
+            features to gallery, (N, G); with `sparse`, too.
+        k1: length of the neighbour lists; at most as many as the set has count.
         k2: neighbours over which encodings are averaged, at most `k1`; 1 for none.
         metric: ``"euclidean"``, or ``"cosine"``: of the rows at unit length, where a zero row is at distance 1.
         sparse: return only the pairs that share a neighbour, in CSR layout, and make no N×N matrix. The pairs left
             out are at distance 1; explicit zeros are distances.
+        dtype: of the encodings and the result; ``torch.float16`` halves the matrix and rounds as cluster-contrast's
+            ``use_float16``, 2e-3 off. None: float32 (float64 for float64 inputs).
 
     Returns:
-        (N, N), symmetric, float32 (float64 for float64 inputs), between 0 and 1, zeros on the diagonal.
+        (N, N), symmetric, between 0 and 1, zeros on the diagonal; or (N, G).
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, range or choice; features that are not finite.
@@ -354,42 +382,53 @@ def jaccard_distance(
     """
     _check_evaluation("jaccard_distance", features)
     check_features("features", features, sets=False)
+    if gallery is not None:
+        check_gallery(gallery, features)
     _check_count("k1", k1)
     _check_count("k2", k2)
     check_choice("metric", metric, JACCARD_METRICS)
-    count = len(features)
-    rows, _, scale = _prepared({"features": features}, metric)
+    if dtype not in (None, torch.float16, internal_dtype(features)):
+        raise TypeError(f"dtype: expected torch.float16, {internal_dtype(features)} or None, got {dtype}")
+    sets = {"features": features} if gallery is None else {"features": features, "gallery": gallery}
+    rows, count, scale = _prepared(sets, metric)
     with implementation_context(rows, "torch"):
-        distances = reference.RowDistances(rows, count)
-        k = min(k1, count)
-        indices, largest = reference.neighbours(distances, k)
-        divisor = torch.where(largest > 0, scale.double().square(), 0)
-        sizes = {"k": k, "half": min(round(k / 2) + 1, k), "k2": k2}
-        weights = reference.encoded(distances, indices, divisor, **sizes, dtype=rows.dtype)
+        distances = reference.RowDistances(rows, count, tuple(sets.values()), metric == "cosine")
+        encoding = _jaccard_encoding(distances, k1, k2, scale, dtype or rows.dtype)
         del distances, rows
-        encoding = reference.searchable(weights)
-        items = torch.arange(count, device=features.device)
+        items = torch.arange(len(features), device=features.device)
+        first = 0 if gallery is None else len(features)
 
         def block(rows: slice) -> Tensor:
             distances = reference.jaccard(encoding, items[rows])
             distances.diagonal(rows.start).zero_()  # also of a row in no list of its own, beside too many equal ones
-            return distances
+            return distances[:, first:]
 
         gathered = _gathered_sparse if sparse else _gathered
-        return gathered(block, encoding.sums, count)
+        return gathered(block, encoding.sums, (len(items), count - first))
 
 
-def _gathered(block_of: Callable[[slice], Tensor], like: Tensor, count: int) -> Tensor:
-    result = like.new_empty(count, count)
+def _jaccard_encoding(
+    distances: reference.RowDistances, k1: int, k2: int, scale: Tensor, dtype: torch.dtype
+) -> reference.Encoding:
+    """Lists of k1 that hold the item itself, and weights of its squared distances."""
+    k = min(k1, distances.count)
+    half = min(round(k / 2) + 1, k)
+    indices, largest = reference.neighbours(distances, k, (k, half, min(k2, k)))
+    divisor = torch.where(largest > 0, scale.double().square(), 0)
+    return reference.searchable(reference.encoded(distances, indices, divisor, k=k, half=half, k2=k2, dtype=dtype))
+
+
+def _gathered(block_of: Callable[[slice], Tensor], like: Tensor, shape: tuple[int, int]) -> Tensor:
+    result = like.new_empty(shape)
 
     def work(rows: slice) -> None:
         result[rows] = block_of(rows)
 
-    reference.each_rows(like, work, count, count)
+    reference.each_rows(like, work, shape[0], len(like))
     return result
 
 
-def _gathered_sparse(block_of: Callable[[slice], Tensor], like: Tensor, count: int) -> Tensor:
+def _gathered_sparse(block_of: Callable[[slice], Tensor], like: Tensor, shape: tuple[int, int]) -> Tensor:
     def work(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         block = block_of(rows)
         stored = block < 1
@@ -397,13 +436,13 @@ def _gathered_sparse(block_of: Callable[[slice], Tensor], like: Tensor, count: i
 
     empty = like.new_empty(0)
     parts = [(empty.new_zeros(1).long(), empty.long(), empty)]
-    parts += reference.each_rows(like, work, count, count)
+    parts += reference.each_rows(like, work, shape[0], len(like))
     lengths, columns, values = map(torch.cat, zip(*parts, strict=True))
     return torch.sparse_csr_tensor(
         lengths.cumsum(0),
         columns,
         values,
-        (count, count),
+        shape,
         check_invariants=False,  # they hold by construction; the check reads everything again
     )
 
@@ -462,12 +501,16 @@ def _reranked(
     count = distances.count
     k1 = min(k1, count)
     k = min(k1 + 1, count)
+    half = min(round(k1 / 2) + 1, k)
     dtype = torch.float16 if variant == "transreid" else distances.like.dtype
     with implementation_context(distances.like, "torch"):
-        indices, largest = reference.neighbours(distances, max(k, min(k2, count)))
-        half = min(round(k1 / 2) + 1, k)
+        indices, largest = reference.neighbours(distances, max(k, min(k2, count)), (k, half, min(k2, count)))
         encoding = reference.encoded(distances, indices, largest, k=k, half=half, k2=k2, power=power, dtype=dtype)
-        return RerankedDistances(distances, queries, reference.searchable(encoding), largest, power, lambda_value)
+
+        def share(queries: Tensor) -> Tensor:
+            return reference.divided(distances.block(queries), largest[queries, None]).pow_(power)
+
+        return RerankedDistances(queries, reference.searchable(encoding), lambda_value, share, largest[:0])
 
 
 def _prepared(features: dict[str, Tensor], metric: str) -> tuple[Tensor, int, Tensor]:
@@ -509,13 +552,15 @@ def _check_evaluation(name: str, x: object) -> None:
         raise RuntimeError(f"{name}: expected a call outside CUDA graph capture; its steps depend on the data")
 
 
-def _check_parameters(k1: int, k2: int, lambda_value: float, variant: str) -> None:
+def _check_parameters(
+    k1: int, k2: int, lambda_value: float, variant: str, variants: tuple[str, ...] = VARIANTS
+) -> None:
     _check_count("k1", k1)
     _check_count("k2", k2)
     check_number("lambda_value", lambda_value)
     if lambda_value > 1:
         raise ValueError(f"lambda_value: expected at most 1, got {lambda_value}")
-    check_choice("variant", variant, VARIANTS)
+    check_choice("variant", variant, variants)
 
 
 def _check_count(name: str, value: int) -> None:

@@ -15,7 +15,8 @@ from apd_kernels._core.threads import each_block
 from apd_kernels.evaluation.rows import check_places
 
 AVERAGE_PRECISIONS = ("rectangular", "trapezoidal")
-TIES = ("pessimistic", "optimistic", "expected")
+TIES = ("pessimistic", "optimistic", "expected", "grouped")
+TIES_OF_DISTANCES = (*TIES, "stable")
 _LONGEST_CMC = 1 << 24  # 128 MB
 _SUMMED = 64  # images at one distance up to which a sum is taken term by term
 
@@ -55,6 +56,71 @@ class RankMetrics(NamedTuple):
     valid: Tensor  # (Q,) bool: the query has a positive and is counted
     inp: Tensor  # (Q,) float64: positives / rank of the last positive, NaN where it is not counted
     first_rank: Tensor  # (Q,) float64: rank of the first positive, from 1, NaN where it is not counted
+
+
+class PositiveRanks(NamedTuple):
+    """Where the positives of all queries stand in their ranked lists: what every figure of retrieval is made of.
+
+    By query, nearest first. What is removed or junk has no place in a list.
+
+    >>> import torch
+    >>> from apd_kernels import positive_ranks_from_distances
+    >>> distances = torch.tensor([[0.3, 0.1, 0.5]])
+    >>> ranks = positive_ranks_from_distances(distances, torch.tensor([7]), torch.tensor([7, 8, 7]))
+    >>> ranks.rank, ranks.hit, ranks.r_precision()
+    (tensor([2, 3]), tensor([1, 2]), tensor([0.5000], dtype=torch.float64))
+    """
+
+    query: Tensor  # (P,) int64: the query of each positive
+    rank: Tensor  # (P,) int64: its place in the list, from 1
+    hit: Tensor  # (P,) int64: how many positives there are up to it
+    positives: Tensor  # (Q,) int64: how many each query has, 0 where it is not counted
+
+    def r_precision(self) -> Tensor:
+        """The precision among the first R of each query, R its number of positives; (Q,) float64, NaN without one."""
+        return self._mean_of((self.rank <= self.positives[self.query]).double())
+
+    def ap_at_r(self) -> Tensor:
+        """Average precision of each query that looks no further than R (MAP@R: Musgrave et al., 2020); (Q,) float64."""
+        within = self.rank <= self.positives[self.query]
+        return self._mean_of(torch.where(within, self.hit / self.rank.double(), 0))
+
+    def reciprocal_rank(self, k: int | None = None) -> Tensor:
+        """1 / rank of the first positive of each query, 0 where it is behind place k (MRR@k is its mean); (Q,)
+        float64, NaN without a positive."""
+        first = self._first()
+        inverse = 1 / self.rank[first].double()
+        if k is not None:
+            inverse = torch.where(self.rank[first] <= k, inverse, 0)
+        result = torch.full(self.positives.shape, float("nan"), dtype=torch.float64, device=self.rank.device)
+        result[self.query[first]] = inverse
+        return result
+
+    def cmc(self, max_rank: int, *, every_match: bool = False) -> Tensor:
+        """Share of the valid queries with a positive among the first k = 1 … max_rank; (max_rank,) float64.
+
+        Args:
+            max_rank: length of the curve.
+            every_match: count every positive, by 1 over their number and as if it were the only one in its list
+                (open-reid's default, ``first_match_break=False``).
+        """
+        if every_match:
+            place, weight = self.rank - self.hit, 1 / self.positives[self.query].double()
+        else:
+            first = self._first()
+            place, weight = self.rank[first] - 1, torch.ones_like(self.rank[first], dtype=torch.float64)
+        within = place < max_rank
+        found = torch.bincount(place[within], weights=weight[within], minlength=max_rank)
+        return found.cumsum(0) / (self.positives > 0).sum()
+
+    def _first(self) -> Tensor:
+        first = torch.ones_like(self.query, dtype=torch.bool)
+        first[1:] = self.query[1:] != self.query[:-1]
+        return first
+
+    def _mean_of(self, values: Tensor) -> Tensor:
+        total = torch.bincount(self.query, weights=values, minlength=len(self.positives))
+        return torch.where(self.positives > 0, total / self.positives, float("nan"))
 
 
 class Matched(NamedTuple):
@@ -148,7 +214,8 @@ def reached(thresholds: Tensor, ties: str) -> list[Tensor]:
     above = torch.nextafter(thresholds, torch.full_like(thresholds, float("inf")))
     smallest = torch.finfo(thresholds.dtype).tiny  # the number above 0 that is there where denormals are flushed
     above = torch.where((thresholds >= 0) & (thresholds < smallest), smallest, above)
-    return {"pessimistic": [thresholds], "optimistic": [above], "expected": [thresholds, above]}[ties]
+    both = [thresholds, above]
+    return {"optimistic": [above], "expected": both, "stable": both}.get(ties, [thresholds])
 
 
 def summarised(
@@ -163,7 +230,34 @@ def summarised(
     """The metrics from the counts of negatives for `reached(thresholds, ties)`."""
     if ties == "expected":
         return expected_summary(counts[0], counts[1], thresholds, query_rows, queries, ap, max_rank)
-    return summary(counts[0], thresholds.starts, query_rows, queries, ap, max_rank)
+    rank, hit = ranks_of(counts[0], thresholds, ties)
+    return summary(rank, hit, thresholds.starts, query_rows, queries, ap, max_rank)
+
+
+def ranked(counts: list[Tensor], thresholds: Thresholds, query_rows: Tensor, queries: int, ties: str) -> PositiveRanks:
+    """The ranks from the same; not for "expected" ties."""
+    rank, hit = ranks_of(counts[0], thresholds, ties)
+    positives = thresholds.starts.diff().cpu()
+    row = query_rows.cpu()[torch.repeat_interleave(positives)]
+    # By query as they were given, nearest first: the places of a query were in the opposite order.
+    order = row.flip(0).argsort(stable=True)
+    count = row.new_zeros(queries).index_add_(0, query_rows.cpu(), positives)
+    query, rank, hit = (values.flip(0)[order].to(thresholds.values.device) for values in (row, rank, hit))
+    return PositiveRanks(query, rank, hit, count.to(thresholds.values.device))
+
+
+def ranks_of(negatives: Tensor, thresholds: Thresholds, ties: str) -> tuple[Tensor, Tensor]:
+    """Rank and hit of every positive, in the order of the thresholds, on the CPU."""
+    starts = thresholds.starts.cpu()
+    row = torch.repeat_interleave(starts.diff())
+    place = torch.arange(row.numel(), device=row.device)
+    if ties == "grouped" and row.numel():  # all positives at one distance have the place of the last of them
+        values = thresholds.values.cpu()
+        opens = torch.ones_like(row, dtype=torch.bool)
+        opens[1:] = (row[1:] != row[:-1]) | (values[1:] != values[:-1])
+        place = torch.where(opens, place, 0).cummax(0).values
+    hit = starts[1:][row] - place
+    return hit + negatives.cpu().long(), hit
 
 
 def add_reached(
@@ -179,7 +273,40 @@ def add_reached(
         count[start:stop] += near.size - near.searchsorted(edges[start:stop])
 
 
-def metrics_of_blocks(
+class Draw(NamedTuple):
+    """One gallery image of each identity, and of each query's own one of its positives."""
+
+    own: Tensor  # (n,): of the queries that have one
+    images: Tensor
+
+
+class Counted(NamedTuple):
+    """Positives, and the negatives counted against them for `reached(thresholds, ties)`; for "stable" ties in order."""
+
+    thresholds: Thresholds
+    counts: list[Tensor]
+
+
+class BlockCounts(NamedTuple):
+    """What a matrix of distances came to."""
+
+    query_rows: Tensor  # the queries that have a positive
+    all: Counted
+    draws: list[Counted]
+
+    def metrics(self, queries: int, ap: str, ties: str, max_rank: int) -> RankMetrics:
+        """The CMC is the mean of those of the draws, where there are some."""
+        whole, *drawn = (
+            summarised(counted.counts, counted.thresholds, self.query_rows, queries, ap, ties, max_rank)
+            for counted in (self.all, *self.draws)
+        )
+        return whole._replace(cmc=torch.stack([draw.cmc for draw in drawn]).mean(0)) if drawn else whole
+
+    def ranks(self, queries: int, ties: str) -> PositiveRanks:
+        return ranked(self.all.counts, self.all.thresholds, self.query_rows, queries, ties)
+
+
+def counts_of_blocks(
     distances_of: Callable[[Tensor], Tensor],
     size: int,
     query_ids: Tensor,
@@ -187,14 +314,14 @@ def metrics_of_blocks(
     query_cams: Tensor | None,
     gallery_cams: Tensor | None,
     *,
-    ap: str,
     ties: str,
-    max_rank: int,
     unlabelled: Unlabelled,
     exclude: Tensor | None = None,
-) -> RankMetrics:
-    """The metrics of distances that come in blocks of rows: `distances_of(queries)` is (n, G), float32 or float64, and
-    may be written into. At most `size` queries at once."""
+    draws: int = 0,
+    seed: int = 0,
+) -> BlockCounts:
+    """What the figures of distances are made of that come in blocks of rows: `distances_of(queries)` is (n, G),
+    float32 or float64, and may be written into. At most `size` queries at once."""
     query_ids, gallery_ids = query_ids.long(), gallery_ids.long()  # −1 is 255 among bytes
     queries, images = len(query_ids), len(gallery_ids)
     matched = match(query_ids, gallery_ids, query_cams, gallery_cams, unlabelled)
@@ -209,6 +336,9 @@ def metrics_of_blocks(
         raise nothing_to_count(queries, images, query_cams is not None)
     starts = torch.cat([positives.new_zeros(1), positives[chosen].cumsum(0)])
     junk = unlabelled.is_junk(gallery_ids)
+    drawn = _draws(row, column, query_ids, (~junk).nonzero()[:, 0], gallery_ids, draws, seed)
+    among = positives.new_zeros(queries)
+    among[chosen] = torch.arange(len(chosen), device=among.device)
 
     def work(at: int) -> tuple[Tensor, ...]:
         rows, bounds = chosen[at : at + size], starts[at : at + size + 1]
@@ -217,15 +347,79 @@ def metrics_of_blocks(
         if broken.any():
             raise ValueError(f"distances: expected no NaN, got one in row {int(rows[broken][0])}")
         pairs = slice(int(bounds[0]), int(bounds[-1]))
-        of_block = torch.repeat_interleave(bounds.diff())
-        thresholds = sorted_thresholds(block[of_block, column[pairs]], of_block, len(rows))
+        of_block, columns = torch.repeat_interleave(bounds.diff()), column[pairs]
+        # Of equal ones the last column first: it is the farther one where the order is stable.
+        order = columns.argsort(descending=True)
+        order = order[block[of_block[order], columns[order]].argsort(stable=True)]
+        order = order[of_block[order].argsort(stable=True)]
+        columns = columns[order]
+        thresholds = Thresholds(block[of_block, columns], bounds - bounds[0])
+        own = [block.gather(1, draw.own[at : at + size, None]) for draw in drawn]
         block.masked_fill_((query_ids[rows, None] == gallery_ids) | junk, float("nan"))
         counts = [_reaching(block, edges, thresholds.starts) for edges in reached(thresholds.values, ties)]
-        return thresholds.values, *counts
+        if ties == "stable":
+            counts = [_in_order(block, thresholds, of_block, columns, *counts)]
+        found = [thresholds.values, *counts]
+        for draw, value in zip(drawn, own, strict=True):
+            others = block[:, draw.images]
+            counts = [(others >= edges).sum(1) for edges in reached(value, ties)]
+            if ties == "stable":
+                before = (others == value) & (draw.images < draw.own[at : at + size, None])
+                counts = [counts[1] + before.sum(1)]
+            found += [value[:, 0], *counts]
+        return tuple(found)
 
     parts = each_block(starts, work, range(0, len(chosen), size))
-    values, *counts = map(torch.cat, zip(*parts, strict=True))
-    return summarised(counts, Thresholds(values, starts), chosen, queries, ap, ties, max_rank)
+    found = list(map(torch.cat, zip(*parts, strict=True)))
+    of_each = [found[at : at + len(found) // (draws + 1)] for at in range(0, len(found), len(found) // (draws + 1))]
+    whole, *others = of_each
+    single = torch.arange(len(chosen) + 1, device=starts.device)
+    return BlockCounts(
+        chosen,
+        Counted(Thresholds(whole[0], starts), whole[1:]),
+        [Counted(Thresholds(values[0], single), values[1:]) for values in others],
+    )
+
+
+def _draws(
+    row: Tensor, column: Tensor, query_ids: Tensor, known: Tensor, gallery_ids: Tensor, draws: int, seed: int
+) -> list[Draw]:
+    """The draws of `RankAccumulator.draw`: queries in the order of their identities."""
+    if not draws:
+        return []
+    generator = torch.Generator("cpu").manual_seed(seed)
+    place = torch.empty_like(query_ids)
+    by_identity = query_ids.argsort(stable=True)
+    place[by_identity] = torch.arange(len(place), device=place.device)
+    order = column.argsort(stable=True)
+    order = order[place[row[order]].argsort(stable=True)]
+    result = []
+    for _ in range(draws):
+        pairs = order[one_of_each(place[row[order]], generator)]
+        own = column[pairs][row[pairs].argsort()]
+        result.append(Draw(own, known[one_of_each(gallery_ids[known], generator)]))
+    return result
+
+
+def one_of_each(values: Tensor, generator: torch.Generator) -> Tensor:
+    """One random place of each value, by ascending value."""
+    drawn = torch.rand(len(values), dtype=torch.float64, generator=generator, device="cpu")
+    order = drawn.argsort().to(values.device)
+    order = order[values[order].argsort(stable=True)]
+    first = torch.ones_like(order, dtype=torch.bool)
+    first[1:] = values[order[1:]] != values[order[:-1]]
+    return order[first]
+
+
+def _in_order(
+    block: Tensor, thresholds: Thresholds, of_block: Tensor, columns: Tensor, at_least: Tensor, above: Tensor
+) -> Tensor:
+    """Negatives before each positive where equal distances are in the order of the gallery."""
+    result = above.clone()
+    for pair in (at_least > above).nonzero()[:, 0].tolist():  # few, but for distances of few values
+        before = block[of_block[pair], : columns[pair]]
+        result[pair] += (before == thresholds.values[pair]).sum()
+    return result
 
 
 def _reaching(block: Tensor, edges: Tensor, starts: Tensor) -> Tensor:
@@ -243,9 +437,9 @@ def _reaching(block: Tensor, edges: Tensor, starts: Tensor) -> Tensor:
     return (~block.isnan()).sum(1)[row] - below[row, place]
 
 
-def check_options(ap: str, ties: str, max_rank: int) -> None:
+def check_options(ap: str, ties: str, max_rank: int, all_ties: tuple[str, ...] = TIES) -> None:
     check_choice("ap", ap, AVERAGE_PRECISIONS)
-    check_choice("ties", ties, TIES)
+    check_choice("ties", ties, all_ties)
     if isinstance(max_rank, bool) or not isinstance(max_rank, int):
         raise TypeError(f"max_rank: expected an int, got {type(max_rank).__name__}")
     if not 1 <= max_rank <= _LONGEST_CMC:
@@ -297,19 +491,18 @@ def check_cameras(query_cams: Tensor | None, gallery_cams: Tensor | None) -> Non
         raise ValueError(f"{missing}: expected with {given}, got None")
 
 
-def summary(at_least: Tensor, starts: Tensor, query_rows: Tensor, queries: int, ap: str, max_rank: int) -> RankMetrics:
-    """The metrics, from the number of negatives that come before each positive; farthest positive first.
+def summary(
+    rank: Tensor, hit: Tensor, starts: Tensor, query_rows: Tensor, queries: int, ap: str, max_rank: int
+) -> RankMetrics:
+    """The metrics from `ranks_of`; farthest positive first.
 
     Args:
-        at_least: (P,), by query as `Thresholds`; every query has a positive.
-        starts: (n + 1,).
+        starts: (n + 1,); every query has a positive.
         query_rows: (n,) which of all `queries` those are.
     """
-    negatives, starts = at_least.cpu().long(), starts.cpu()
+    device, starts = starts.device, starts.cpu()
     positives = starts.diff()
     row = torch.repeat_interleave(positives)
-    hit = starts[1:][row] - torch.arange(row.numel(), device=row.device)
-    rank = hit + negatives
     precision = hit / rank.double()
     if ap == "trapezoidal":
         before = torch.where(rank > 1, (hit - 1) / (rank - 1).clamp(min=1).double(), 1.0)
@@ -318,7 +511,7 @@ def summary(at_least: Tensor, starts: Tensor, query_rows: Tensor, queries: int, 
     worst, best = rank[starts[:-1]], rank[starts[1:] - 1]
     found = torch.bincount(best[best <= max_rank] - 1, minlength=max_rank)
     cmc = found.cumsum(0).double() / positives.numel()
-    return _metrics(cmc, each, positives / worst.double(), best.double(), query_rows, queries, at_least.device)
+    return _metrics(cmc, each, positives / worst.double(), best.double(), query_rows, queries, device)
 
 
 def expected_summary(

@@ -26,6 +26,8 @@ from apd_kernels._core.threads import Result, each_block
 TILE_ROWS, TILE_COLUMNS = 256, 384
 # Elements of the blocks of all threads: with their temporaries about 1 GB of float32.
 IN_FLIGHT = 1 << 27
+# Of float32: |s − the exact one| ≤ PRODUCT_ERROR · (‖x_i‖ + ‖x_j‖)², as measured for products in docs/numerics.md.
+PRODUCT_ERROR = 4 * 2.0**-24
 SHARE = 3, 2  # a set is added to R(i) when 3 · overlap > 2 · its size
 
 
@@ -59,13 +61,18 @@ class Distances(Protocol):
     def pairs(self, rows: Tensor, place: Tensor, columns: Tensor) -> Tensor:
         """s of rows[place[p]] to columns[p] for every p."""
 
+    def in_order(self, items: Tensor, block: Tensor, values: Tensor, found: Tensor, borders: tuple[int, ...]) -> None:
+        """Correct the lists of `nearest` where rounding decided who is in the first so many."""
+
 
 class RowDistances:
     """‖x_i − x_j‖²: from products in blocks, by difference for single pairs."""
 
-    def __init__(self, rows: Tensor, count: int) -> None:
-        """`rows` are filled up with zero rows to whole tiles in both directions."""
+    def __init__(self, rows: Tensor, count: int, sources: tuple[Tensor, ...] = (), unit: bool = False) -> None:
+        """`rows` are filled up with zero rows to whole tiles in both directions. They were made from `sources`, which
+        `in_order` reads again: scaled and centred, or brought to unit length."""
         self.count, self.like, self._rows = count, rows, rows
+        self._sources, self._unit = sources, unit
         if (rows[:count] == rows[:1]).all():
             rows.zero_()  # identical rows are at distance 0, whatever products of them round to
         # ‖x‖² from the same tiles as x·y: then ‖x‖² + ‖y‖² − 2x·y of equal rows is exactly 0.
@@ -92,6 +99,46 @@ class RowDistances:
         ]
         return torch.cat(found)
 
+    def in_order(self, items: Tensor, block: Tensor, values: Tensor, found: Tensor, borders: tuple[int, ...]) -> None:
+        """Write the lists `found` anew where the rounding of the products may have decided who is in them: where two
+        neighbours at one of the `borders` of a list, with their `values`, are not apart by more than the error. Those
+        that may belong there are compared by the differences of their rows in float64, in which gaps of 1e-8 show."""
+        if not self._sources or values.dtype == torch.float64:
+            return
+        norms = self._squares[: self.count].sqrt()
+        doubtful = torch.zeros(len(items), dtype=torch.bool, device=items.device)
+        for border in (border for border in borders if border < values.shape[1]):
+            pair = found[:, border - 1 : border + 1]
+            error = PRODUCT_ERROR * (norms[items, None] + norms[pair]).square().sum(1)
+            doubtful |= values[:, border] - values[:, border - 1] <= error
+        k = max((border for border in borders if border <= values.shape[1]), default=0)
+        for row in doubtful.nonzero()[:, 0].tolist():
+            item = int(items[row])
+            error = PRODUCT_ERROR * (norms[item] + norms).square()
+            near = (block[row] - error <= values[row, k - 1] + error[found[row, k - 1]]).nonzero()[:, 0]
+            exact = torch.cat([self._exact(item, part) for part in near.split(BLOCK_ELEMENTS // 2 // norms.shape[0])])
+            found[row, :k] = near[exact.argsort(stable=True)[:k]]
+
+    def _exact(self, item: int, columns: Tensor) -> Tensor:
+        """‖x_item − x_j‖² in float64, up to a common factor, from the features as they were given."""
+        one, others = self._source(columns.new_tensor([item])), self._source(columns)
+        if not self._unit:
+            return (others - one).square_().sum(1)
+        lengths = one.norm(dim=1, keepdim=True), others.norm(dim=1, keepdim=True)
+        one, others = (rows / torch.where(n > 0, n, 1) for rows, n in zip((one, others), lengths, strict=True))
+        # A zero row is at right angles to all others, as if it were of unit length in a dimension of its own.
+        apart = ((lengths[0] == 0) != (lengths[1] == 0))[:, 0]
+        return (others - one).square_().sum(1) + apart
+
+    def _source(self, items: Tensor) -> Tensor:
+        result = self.like.new_empty(len(items), self._sources[0].shape[1], dtype=torch.float64)
+        start = 0
+        for rows in self._sources:
+            inside = (items >= start) & (items < start + len(rows))
+            result[inside] = rows[items[inside] - start].double()
+            start += len(rows)
+        return result
+
 
 class MatrixDistances:
     """The columns of [[q_q, q_g], [q_gᵀ, g_g]], or their squares."""
@@ -114,6 +161,9 @@ class MatrixDistances:
     def pairs(self, rows: Tensor, place: Tensor, columns: Tensor) -> Tensor:
         return self.block(rows)[place, columns]
 
+    def in_order(self, items: Tensor, block: Tensor, values: Tensor, found: Tensor, borders: tuple[int, ...]) -> None:
+        """The distances are what they are."""
+
 
 def nearest(distances: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k smallest of every row, ascending, and where they are; equal ones by lowest index. k ≤ columns."""
@@ -134,8 +184,9 @@ def nearest(distances: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, indices.gather(1, order)
 
 
-def neighbours(distances: Distances, k: int) -> tuple[Tensor, Tensor]:
-    """The k nearest items of every item, (N, k), ties by lowest index, and its largest squared distance, (N,)."""
+def neighbours(distances: Distances, k: int, borders: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+    """The k nearest items of every item, (N, k), ties by lowest index, and its largest squared distance, (N,). Who is
+    among the first so many, for each of the borders, no rounding decides."""
     count = distances.count
     like = distances.like
     indices = torch.empty(count, k, dtype=torch.int64, device=like.device)
@@ -144,7 +195,9 @@ def neighbours(distances: Distances, k: int) -> tuple[Tensor, Tensor]:
 
     def work(rows: slice) -> None:
         block = distances.block(items[rows])
-        indices[rows] = nearest(block, k)[1]
+        values, found = nearest(block, min(k + 1, count))
+        distances.in_order(items[rows], block, values, found, borders)
+        indices[rows] = found[:, :k]
         largest[rows] = block.amax(1)
 
     each_rows(like, work, count, count)

@@ -261,9 +261,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.stages is not None:
         stages = [Stage(s.name, FAISS.until * (i + 1) / len(stages), s.folders) for i, s in enumerate(stages)]
     # Ended from outside, the processes of the stage end too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    here = Run(device, given.output, toy=given.toy, retry=start if given.retry else 0.0)
-    return 0 if run(here, stages, start, given.minutes) else 1
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        here = Run(device, given.output, toy=given.toy, retry=start if given.retry else 0.0)
+        return 0 if run(here, stages, start, given.minutes) else 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -63,29 +63,26 @@ def test_distance_to_the_own_centre(real_data: Path, backend: Backend) -> None:
 
 
 def test_hard_cluster_memory(real_data: Path, backend: Backend) -> None:
-    """Cluster Contrast's hard form: its loss is that of the other form, and a memory moves by one sample an identity.
-
-    That is the sample least similar to its centroid, which is left to the caller of `ClusterMemory.update`.
-    """
+    """Cluster Contrast's hard form: its loss is that of the other form, and the memory moves in the backward pass, by
+    the sample of each identity that is least similar to its centroid."""
     compared = 0
     for case, arrays in _golden(real_data, "clustercontrast_ClusterMemory", backend, "hard1"):
         for dtype, relative in _kinds(backend):
             relative = max(relative, 1e-7)  # the other side keeps its momentum in float32
-            memory = ClusterMemory(12, 32, momentum=float(arrays["momentum"]), dtype=dtype, device=backend.device)
+            memory = ClusterMemory(
+                12, 32, momentum=float(arrays["momentum"]), hardest=True, dtype=dtype, device=backend.device
+            )
             memory.centroids.copy_(_tensor(arrays["features_before"], backend))
             memory.valid.fill_(True)
             for step in (1, 2):
                 x = leaf(torch.from_numpy(arrays[f"inputs{step}"]), backend.device, dtype)
                 labels, rows = _tensor(arrays[f"targets{step}"], backend), F.normalize(x)
+                memory.update_in_backward(rows, labels)
                 loss = supervised_contrastive_loss(
                     rows, labels, *memory.rows(), metric="dot", temperature=float(arrays["temp"])
                 )
                 found = {f"{key}_f64": arrays[f"{key}{step}_f64"] for key in ("loss", "grad")}
                 _agree(loss, x, found, "", relative, f"{case} step {step}")
-                to_own = paired_distance(rows.detach(), memory.centroids[labels], metric="dot")
-                order = to_own.argsort(descending=True)
-                hardest = torch.stack([order[labels[order] == label][0] for label in labels.unique()])
-                memory.update(rows[hardest], labels[hardest])
                 assert_close(memory.centroids, torch.from_numpy(arrays[f"features_after{step}_f64"]), relative, case)
         compared += 1
     assert compared == (1 if backend.interpreted else 3)

@@ -16,7 +16,14 @@ from torch import Tensor
 from torch.nn import Module
 
 import apd_kernels.memory
-from apd_kernels import ClusterMemory, CrossBatchMemory, batch_hard, triplet_loss, use_backend
+from apd_kernels import (
+    ClusterMemory,
+    CrossBatchMemory,
+    batch_hard,
+    supervised_contrastive_loss,
+    triplet_loss,
+    use_backend,
+)
 from apd_kernels.memory import NO_LABEL
 
 pytestmark = pytest.mark.oldest
@@ -468,3 +475,38 @@ ROWS, IDS = torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64)
 def test_bad_input(call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_the_hardest_sample_of_an_identity_moves_it(backend: Backend) -> None:
+    """The least similar to the centroid as it was, of equal ones the first; labels of nobody move nothing."""
+    memory = ClusterMemory(3, 2, momentum=0.5, hardest=True, device=backend.device)
+    memory.update(
+        torch.tensor([[2.0, 0.0], [0.0, 3.0]], device=backend.device), torch.tensor([0, 1], device=backend.device)
+    )
+    x = torch.tensor([[1.0, 0], [0, 1], [0, -1], [1, 0], [5, 5], [-1, 0]], device=backend.device)
+    memory.update(x, torch.tensor([0, 0, 0, 1, -1, 7], device=backend.device))
+    half = 0.5**0.5
+    expected = torch.tensor([[half, half], [half, half], [0, 0]])  # of (0, 1) and (0, -1), equally similar, the first
+    assert_close(memory.centroids, expected, 1e-6)
+    assert memory.valid.tolist() == [True, True, False]
+    assert repr(memory) == "ClusterMemory(identities=3, dimension=2, momentum=0.5, hardest=True)"
+
+
+@pytest.mark.parametrize("hardest", [False, True])
+def test_update_in_backward(backend: Backend, hardest: bool) -> None:
+    """Once in every backward pass, not in the forward pass, and as `update` does it."""
+    labels = torch.tensor([0, 1, 0], device=backend.device)
+    x = torch.tensor([[1.0, 0.2], [0.3, 1.0], [1.0, -0.4]], device=backend.device, requires_grad=True)
+    memory, other = (ClusterMemory(2, 2, hardest=hardest, device=backend.device) for _ in range(2))
+    for each in (memory, other):
+        each.update(x, labels)
+    rows = torch.nn.functional.normalize(x)
+    memory.update_in_backward(rows, labels)
+    loss = supervised_contrastive_loss(rows, labels, *memory.rows(), metric="dot")
+    assert torch.equal(memory.centroids, other.centroids)
+    for retain in (True, False):
+        loss.backward(retain_graph=retain)
+        other.update(rows, labels)
+        assert torch.equal(memory.centroids, other.centroids)
+    with pytest.raises(ValueError, match="x: expected features that require a gradient, got some without"):
+        memory.update_in_backward(x.detach(), labels)

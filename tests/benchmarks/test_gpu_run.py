@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -196,7 +197,9 @@ def test_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
 
 def test_rehearsal_of_faiss(tmp_path: Path) -> None:
     pytest.importorskip("faiss")
+    handler = signal.getsignal(signal.SIGTERM)
     assert gpu.main(["--toy", "--faiss", "--output", str(tmp_path)]) == 0
+    assert signal.getsignal(signal.SIGTERM) == handler
     found = [line for line in lines.read(tmp_path / "results.jsonl") if "same_bits" in line]
     assert len(found) == 12
     assert {line["stage"] for line in found} == {FAISS.name}

@@ -15,12 +15,12 @@ from apd_kernels import RankMetrics, rank_metrics, rank_metrics_from_distances, 
 from apd_kernels._core.backend import HAS_TRITON, INTERPRETED
 from apd_kernels._core.operands import METRICS
 from apd_kernels.evaluation import ranking
-from apd_kernels.evaluation.retrieval_metrics import AVERAGE_PRECISIONS, TIES
+from apd_kernels.evaluation.retrieval_metrics import AVERAGE_PRECISIONS, TIES_OF_DISTANCES
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "metric": METRICS,
     "ap": AVERAGE_PRECISIONS,
-    "ties": TIES,
+    "ties": TIES_OF_DISTANCES,
     "exclude": (False, True),
     "cameras": (None, 1, 3),
     "single_shot": (None, 2),
@@ -34,10 +34,12 @@ CASES = 500
 
 
 def is_possible(chosen: dict[str, Any]) -> bool:
-    """Kernels take no float64, and draws are of one call from features."""
+    """Kernels take no float64, draws are of one call, and only a matrix has an order of equal distances."""
     if chosen["backend"] == "triton" and chosen["dtype"] == torch.float64:
         return False
-    return chosen["single_shot"] is None or chosen["pieces"] in ("whole", "cut")
+    if chosen["ties"] == "stable" and chosen["pieces"] != "distances":
+        return False
+    return chosen["single_shot"] is None or chosen["pieces"] != "accumulated"
 
 
 def options_of(seed: int) -> dict[str, Any]:
@@ -55,7 +57,8 @@ def test_every_two_choices_meet() -> None:
         for one, other in itertools.combinations(OPTIONS, 2)
         for first, second in itertools.product(OPTIONS[one], OPTIONS[other])
         if is_possible(
-            {"backend": "torch", "dtype": torch.float32, "single_shot": None, "pieces": "whole"}
+            {"backend": "torch", "dtype": torch.float32, "single_shot": None, "ties": "grouped"}
+            | {"pieces": "distances" if "stable" in (first, second) else "whole"}
             | {one: first, other: second}
         )
     }
@@ -115,6 +118,7 @@ def test_against_a_loop(tens: int, monkeypatch: pytest.MonkeyPatch) -> None:
             if chosen["pieces"] == "cut":
                 patch.setattr(ranking, "_PIECE_BYTES", 1 << 11)
             if chosen["pieces"] == "distances":
+                options |= {"single_shot": chosen["single_shot"], "seed": seed}
                 found = rank_metrics_from_distances(exact, *labels, **options)
             elif chosen["pieces"] == "accumulated":
                 found = in_pieces(

@@ -12,7 +12,16 @@ from conftest import Backend
 from test_ranking import assert_same, distances, expected, in_pieces
 from torch import Tensor
 
-from apd_kernels import RankAccumulator, k_reciprocal_rerank, knn, rank_metrics, rank_metrics_from_distances
+from apd_kernels import (
+    RankAccumulator,
+    k_reciprocal_rerank,
+    knn,
+    positive_ranks,
+    positive_ranks_from_distances,
+    rank_metrics,
+    rank_metrics_from_distances,
+    tpr_at_fpr_from_distances,
+)
 from apd_kernels.evaluation import ranking
 from apd_kernels.evaluation.retrieval_metrics import _expected_inverse_of_last, _expected_precisions
 
@@ -113,6 +122,9 @@ def test_single_shot(backend: Backend) -> None:
             hits[rank:] += 1
             draws += 1
     assert (found.cmc.cpu() - hits / draws).abs().max() < 0.04 * (300 / shots) ** 0.5  # 5 standard deviations
+    # The same draws from distances, whatever the order of the queries.
+    options: dict[str, Any] = {"max_rank": 10, "single_shot": shots, "seed": 1}
+    assert_same(rank_metrics_from_distances(matrix, *(value.cpu() for value in arguments[2:]), **options), found)
     again, other = (rank_metrics(*arguments, max_rank=10, single_shot=2, seed=seed).cmc for seed in (1, 2))
     assert torch.equal(again, rank_metrics(*arguments, max_rank=10, single_shot=2, seed=1).cmc)
     assert not torch.equal(again, other)
@@ -164,13 +176,13 @@ def test_blocks_of_all_threads_together_are_bounded(monkeypatch: pytest.MonkeyPa
     wanted = rank_metrics_from_distances(matrix, ids, gallery_ids)
     monkeypatch.setattr(ranking, "_BLOCK_ELEMENTS", 1600)
     sizes: list[int] = []
-    in_blocks = ranking.metrics_of_blocks
+    in_blocks = ranking.counts_of_blocks
 
     def noted(distances_of: Any, size: int, *arguments: Any, **options: Any) -> Any:
         sizes.append(size)
         return in_blocks(distances_of, size, *arguments, **options)
 
-    monkeypatch.setattr(ranking, "metrics_of_blocks", noted)
+    monkeypatch.setattr(ranking, "counts_of_blocks", noted)
     before = torch.get_num_threads()
     try:
         for threads in (1, 4):
@@ -343,3 +355,104 @@ def test_infinite_distances(backend: Backend) -> None:
     matrix = distances(query, gallery, "euclidean").where(gallery[:, 0] < 1e20, far)
     found = rank_metrics(*(x.to(backend.device) for x in (query, gallery, ids, gallery_ids)), metric="euclidean")
     assert_same(found, expected(matrix, ids, gallery_ids))
+
+
+def _ranks_of(matrix: Tensor, labels: tuple[Tensor, ...], ties: str) -> list[tuple[int, int, int]]:
+    """(query, rank, hit) of each positive, from sorted lists."""
+    query_ids, gallery_ids, query_cams, gallery_cams = labels
+    found = []
+    for i, row in enumerate(matrix):
+        kept = ((gallery_ids != query_ids[i]) | (gallery_cams != query_cams[i])) & (gallery_ids != -1)
+        positive = (gallery_ids == query_ids[i]) & kept
+        places = kept.nonzero()[:, 0].tolist()
+        first = {"stable": 0, "optimistic": -1, "pessimistic": 1}[ties]
+        order = sorted(places, key=lambda j: (float(row[j]), first * int(positive[j]), j))
+        hits = 0
+        for rank, j in enumerate(order, 1):
+            if positive[j] and query_ids[i] != -1:
+                hits += 1
+                found.append((i, rank, hits))
+    return found
+
+
+@pytest.mark.parametrize("ties", ["stable", "optimistic", "pessimistic"])
+def test_positive_ranks(ties: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    sizes = (20, 50, 20, 50)
+    labels = tuple(torch.randint(-1, 6, (n,), generator=generator) for n in sizes[:2])
+    labels += tuple(torch.randint(0, 3, (n,), generator=generator) for n in sizes[2:])
+    matrix = torch.randint(0, 8, (20, 50), generator=generator).double()
+    found = positive_ranks_from_distances(matrix, *labels, ties=ties)
+    wanted = _ranks_of(matrix, labels, ties)
+    assert list(zip(found.query.tolist(), found.rank.tolist(), found.hit.tolist(), strict=True)) == wanted
+    counts = torch.bincount(torch.tensor([i for i, _, _ in wanted]), minlength=20)
+    assert torch.equal(found.positives, counts)
+    metrics = rank_metrics_from_distances(matrix, *labels, ties=ties, max_rank=30)
+    assert torch.allclose(found.cmc(30), metrics.cmc, rtol=0, atol=1e-12)
+    assert torch.allclose(found.reciprocal_rank(), 1 / metrics.first_rank, rtol=0, atol=1e-12, equal_nan=True)
+    behind = found.reciprocal_rank(3)
+    assert torch.equal(behind[metrics.first_rank > 3], torch.zeros(int((metrics.first_rank > 3).sum())).double())
+    for i in (counts > 0).nonzero()[:, 0].tolist():
+        ranks = [rank for query, rank, _ in wanted if query == i]
+        r = len(ranks)
+        within = [hit / rank for hit, rank in enumerate(ranks, 1) if rank <= r]
+        assert float(found.r_precision()[i]) == pytest.approx(len(within) / r)
+        assert float(found.ap_at_r()[i]) == pytest.approx(sum(within) / r)
+    assert found.r_precision()[counts == 0].isnan().all()
+    if ties != "stable":
+        unit = torch.eye(50, dtype=torch.float64)
+        of_features = positive_ranks(-matrix, unit, *labels, metric="dot", ties=ties)
+        assert all(torch.equal(one, other) for one, other in zip(of_features, found, strict=True))
+
+
+def test_positive_ranks_in_pieces_and_without_a_positive() -> None:
+    x, ids = torch.eye(4), torch.tensor([0, 0, 1, 1])
+    ranks = RankAccumulator(x, ids, exclude=torch.arange(4))
+    for add in (ranks.add_positives, ranks.count):
+        for piece in (slice(0, 3), slice(3, 4)):
+            add(x[piece], ids[piece])
+    whole = positive_ranks(x, x, ids, ids, exclude=torch.arange(4))
+    assert all(torch.equal(one, other) for one, other in zip(ranks.positive_ranks(), whole, strict=True))
+    with pytest.raises(ValueError, match="ties: expected one rank for a positive, got 'expected'"):
+        RankAccumulator(x, ids, ties="expected").positive_ranks()
+    with pytest.raises(ValueError, match="query_ids: expected at least one query"):
+        positive_ranks_from_distances(torch.zeros(1, 2), torch.tensor([5]), torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="ties: expected 'pessimistic' or"):
+        positive_ranks(x, x, ids, ids, ties="stable")
+
+
+@pytest.mark.parametrize(("fpr", "kind", "message"), [
+    ((1.0,), ValueError, "fpr: expected rates below 1, got 1.0"),
+    ((-0.1,), ValueError, "fpr: expected a finite number of at least 0"),
+    (("a",), TypeError, "fpr: expected a number, got str"),
+])  # fmt: skip
+def test_wrong_rates(fpr: Any, kind: type[Exception], message: str) -> None:
+    ids = torch.tensor([0, 1])
+    with pytest.raises(kind, match=message):
+        tpr_at_fpr_from_distances(torch.zeros(2, 2), ids, ids, fpr=fpr)
+
+
+def test_verification_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks change nothing; junk is in no pair, and pairs of one camera are impostors, too."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randint(0, 40, (30, 60), generator=generator).float()
+    ids, gallery_ids = (torch.randint(-1, 8, (n,), generator=generator) for n in (30, 60))
+    cams, gallery_cams = (torch.randint(0, 3, (n,), generator=generator) for n in (30, 60))
+    rates = (0.0, 0.02, 0.3)
+    whole = tpr_at_fpr_from_distances(matrix, ids, gallery_ids, cams, gallery_cams, fpr=rates)
+    monkeypatch.setattr(ranking, "_BLOCK_ELEMENTS", 300)
+    assert torch.equal(tpr_at_fpr_from_distances(matrix, ids, gallery_ids, cams, gallery_cams, fpr=rates), whole)
+    same = ids[:, None] == gallery_ids
+    known = (ids[:, None] != -1) & (gallery_ids != -1)
+    genuine, impostor = same & known & (cams[:, None] != gallery_cams), ~same & known
+    for rate, found in zip(rates, whole.tolist(), strict=True):
+        shares = [
+            float((matrix[genuine] <= t).double().mean())
+            for t in range(-1, 40)
+            if (matrix[impostor] <= t).double().mean() <= rate
+        ]
+        assert found == pytest.approx(max(shares))
+    with pytest.raises(ValueError, match="query_ids: expected pairs of one person and pairs of two, got 0 and 4"):
+        tpr_at_fpr_from_distances(torch.zeros(2, 2), torch.tensor([1, 2]), torch.tensor([3, 4]))
+    with pytest.raises(ValueError, match="distances: expected no NaN, got one"):
+        tpr_at_fpr_from_distances(torch.full((1, 1), torch.nan), torch.tensor([1]), torch.tensor([1]))

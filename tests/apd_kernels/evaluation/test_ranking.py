@@ -14,7 +14,15 @@ import torch
 from conftest import Backend
 from torch import Tensor
 
-from apd_kernels import RankAccumulator, RankMetrics, rank_metrics, rank_metrics_from_distances, use_backend
+from apd_kernels import (
+    RankAccumulator,
+    RankMetrics,
+    positive_ranks_from_distances,
+    rank_metrics,
+    rank_metrics_from_distances,
+    tpr_at_fpr_from_distances,
+    use_backend,
+)
 from apd_kernels._core.operands import METRICS
 from apd_kernels.evaluation.retrieval_metrics import AVERAGE_PRECISIONS
 
@@ -26,9 +34,14 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 def of_one_order(positive: list[bool], ap: str, max_rank: int) -> tuple[float, float, float, list[bool]]:
     """AP, INP, rank of the first positive and CMC of one ranked list."""
     ranks = [rank for rank, is_positive in enumerate(positive, 1) if is_positive]
-    precision = [hit / rank for hit, rank in enumerate(ranks, 1)]
+    return of_ranks(ranks, list(range(1, len(ranks) + 1)), ap, max_rank)
+
+
+def of_ranks(ranks: list[int], hits: list[int], ap: str, max_rank: int) -> tuple[float, float, float, list[bool]]:
+    """The same from the rank of each positive and the positives up to it."""
+    precision = [hit / rank for hit, rank in zip(hits, ranks, strict=True)]
     if ap == "trapezoidal":
-        before = [(hit - 1) / (rank - 1) if rank > 1 else 1.0 for hit, rank in enumerate(ranks, 1)]
+        before = [(hit - 1) / (rank - 1) if rank > 1 else 1.0 for hit, rank in zip(hits, ranks, strict=True)]
         precision = [(one + other) / 2 for one, other in zip(precision, before, strict=True)]
     found = [ranks[0] <= k for k in range(1, max_rank + 1)]
     return sum(precision) / len(ranks), len(ranks) / ranks[-1], ranks[0], found
@@ -43,6 +56,14 @@ def of_one_query(
         groups.setdefault(distance, [0, 0])[0] += 1
     for distance in negatives:
         groups.setdefault(distance, [0, 0])[1] += 1
+    if ties == "grouped":
+        ranks, hits, images, found = [], [], 0, 0
+        for _, (a, b) in sorted(groups.items()):
+            images, found = images + a + b, found + a
+            ranks += [images] * a
+            hits += [found] * a
+        *figures, reached = of_ranks(ranks, hits, ap, max_rank)
+        return *figures, torch.tensor(reached, dtype=torch.float64)
     if ties != "expected":
         ranked = []
         for _, (a, b) in sorted(groups.items()):
@@ -86,7 +107,12 @@ def expected(
         if query_ids[i] == junk or len(positives) == 0:
             figures.append((math.nan,) * 3)
             continue
-        of_query = of_one_query(positives, negatives, ap, ties, max_rank)
+        if ties == "stable":
+            order = row[kept].argsort(stable=True)
+            *of_order, found_at = of_one_order(positive[kept][order].tolist(), ap, max_rank)
+            of_query = (*of_order, torch.tensor(found_at, dtype=torch.float64))
+        else:
+            of_query = of_one_query(positives, negatives, ap, ties, max_rank)
         figures.append(of_query[:3])
         found += of_query[3]
     each, inverse, first = torch.tensor(figures, dtype=torch.float64).unbind(1)
@@ -507,12 +533,33 @@ def test_golden_single_shot(real_data: Path, peer: str) -> None:
 
 @pytest.mark.parametrize("peer", ["bau", "clustercontrast"])
 def test_golden_open_reid(real_data: Path, peer: str) -> None:
-    """Their mAP takes equal distances as one group, so cases with ties differ by definition."""
-    for name, case in _golden(real_data, f"{peer}_cmc", without=("ties_mixed",)).items():
-        wanted = case["cmc_default" if name == "default_ids" else "cmc_market1501"]  # equal for one match a query
-        assert_close(_of_distances(case, len(wanted)).cmc, wanted, name, 1e-9)
-    for name, case in _golden(real_data, f"{peer}_mean_ap", without=("ties_mixed", "ties_same_identity")).items():
-        assert _of_distances(case, 1).mAP == pytest.approx(float(case["mAP"]), abs=1e-9), name
+    """Their mAP is scikit-learn's; their CMC counts the first match, or each by 1 over their number; and separate
+    cameras leave out what the query's camera saw: infinitely far, it is behind every positive."""
+    for name, case in _golden(real_data, f"{peer}_cmc", without=("ties_mixed", "default_ids")).items():
+        assert_close(_of_distances(case, 100).cmc, case["cmc_market1501"], name, 1e-9)
+        labels = [case[key] for key in ("q_pids", "g_pids", "q_camids", "g_camids")]
+        ranks = positive_ranks_from_distances(case["distmat"], *labels)
+        assert_close(ranks.cmc(100), case["cmc_market1501"], name, 1e-9)
+        assert_close(ranks.cmc(100, every_match=True), case["cmc_default"], name, 1e-9)
+        apart = case["distmat"].masked_fill(case["q_camids"][:, None] == case["g_camids"], torch.inf)
+        ranks = positive_ranks_from_distances(apart, *labels)
+        assert_close(ranks.cmc(100), case["cmc_separate_camera"], name, 1e-9)
+    for name, case in _golden(real_data, f"{peer}_mean_ap").items():
+        assert _of_distances(case, 1, ties="grouped").mAP == pytest.approx(float(case["mAP"]), abs=1e-9), name
+
+
+def test_golden_verification(real_data: Path) -> None:
+    """fast-reid's scores and labels of all pairs; the rate at a threshold is counted in them here."""
+    for name, case in _golden(real_data, "fastreid_evaluate_roc").items():
+        scores, same = case["scores"].double(), case["labels"] == 0
+        labels = [case[key] for key in ("q_pids", "g_pids", "q_camids", "g_camids")]
+        rates = (0.0, 1e-3, 0.01, 0.1, 0.5, 0.99)
+        found = tpr_at_fpr_from_distances(case["distmat"], *labels, fpr=rates, junk=None, unknown_camera=None)
+        wanted = []
+        for rate in rates:
+            accepted = [scores <= t for t in (-torch.inf, *scores.unique().tolist())]
+            wanted.append(max(float(a[same].double().mean()) for a in accepted if a[~same].double().mean() <= rate))
+        assert found.tolist() == pytest.approx(wanted, abs=1e-12), name
 
 
 def test_golden_trapezoid(real_data: Path) -> None:
