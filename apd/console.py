@@ -15,7 +15,7 @@ from rich.segment import Segment
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from apd.files import printable
+from apd.errors import printable
 
 if TYPE_CHECKING:
     from apd.reports.page import Table

@@ -1,4 +1,4 @@
-"""Errors that the user can act on."""
+"""Errors that the user can act on, and how they are shown. Imports nothing, so that a signal may come at any moment."""
 
 
 class InputError(ValueError):
@@ -20,3 +20,8 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
         self.signum = signum
+
+
+def printable(text: str) -> str:
+    """Text for a terminal, which a file's name must not control: what is no sign of its own is escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

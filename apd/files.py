@@ -20,7 +20,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-from apd.errors import InputError
+from apd.errors import InputError, printable
 from apd_kernels.gallery.atomic_folder import FolderBusy, exclusive, flush_folder, keep_mode
 
 
@@ -228,11 +228,6 @@ def sample_of(path: Path) -> str:
     """
     with reading(path), path.open("rb") as file:
         return f"{os.fstat(file.fileno()).st_size:x}-{zlib.crc32(file.read(1 << 16)):08x}"
-
-
-def printable(text: str) -> str:
-    """Text for a terminal, which a file's name must not control: what is no sign of its own is escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 @contextmanager

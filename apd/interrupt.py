@@ -6,11 +6,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from apd.errors import Interrupted
+from apd.errors import InputError, Interrupted
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _ECHO = 2.0  # seconds in which a launcher such as torchrun may pass on a Ctrl-C that has come already
@@ -33,10 +33,6 @@ def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
             signal.signal(signum, old)
 
 
-def _end(signum: int, frame: FrameType | None) -> None:
-    raise Interrupted(signum, "interrupted")
-
-
 def _note(signum: int, frame: FrameType | None) -> None:
     global _received
     now = time.monotonic()
@@ -46,9 +42,26 @@ def _note(signum: int, frame: FrameType | None) -> None:
         raise Interrupted(signum, "interrupted")
 
 
-def ending_by_signals() -> AbstractContextManager[None]:
-    """A context in which SIGTERM ends a command as Ctrl-C does: what is open is closed, and drafts are removed."""
-    return _handled(_end)
+@contextmanager
+def ending_by_signals() -> Iterator[None]:
+    """Within, SIGTERM ends a command as Ctrl-C does: what is open is closed, and drafts are removed.
+
+    Whatever is raised once a signal has come is its doing: a library whose import is cut off, or whose C++ calls Python
+    back, makes an error of its own of it.
+    """
+    came: list[int] = []
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        came.append(signum)
+        raise Interrupted(signum, "interrupted")
+
+    with _handled(end):
+        try:
+            yield
+        except Exception as error:
+            if not came:
+                raise
+            raise Interrupted(came[0], "interrupted") from error
 
 
 @contextmanager
@@ -58,6 +71,12 @@ def whole_steps() -> Iterator[None]:
     with _handled(_note):
         try:
             yield
+        except InputError:
+            raise
+        except Exception as error:  # a data worker that was just being started, and took the signal as well
+            if _received is None:
+                raise
+            raise Interrupted(_received[0], "interrupted") from error
         finally:
             _received = None
 

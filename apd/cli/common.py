@@ -16,7 +16,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from apd.errors import DataWarning, InputError
+from apd.errors import DataWarning, InputError, printable
 from apd.interrupt import ending_by_signals
 
 
@@ -47,9 +47,8 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
                 with ending_by_signals():
                     command(*args, **kwargs)
             except KeyboardInterrupt as error:
-                from apd.console import console
-
-                if not console.quiet:  # of several processes that train, the first one says it
+                terminal = sys.modules.get("apd.console")  # nothing is imported now: an import may have been cut off
+                if terminal is None or not terminal.console.quiet:  # of processes that train, the first one says it
                     typer.secho(line(error) or "interrupted", fg="yellow", err=True)
                 raise typer.Exit(128 + getattr(error, "signum", signal.SIGINT)) from None
             except BrokenPipeError:  # `apd search … | head`; typer handles it
@@ -118,8 +117,6 @@ def _message(error: Exception) -> str:
 
 def line(message: object) -> str:
     """A message for the terminal, in one line, with the names of files escaped."""
-    from apd.files import printable
-
     return " ".join(printable(part) for part in str(message).split(" ") if part.strip())
 
 

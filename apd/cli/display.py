@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from apd.console import console, count, print_facts, print_table
-from apd.files import printable
+from apd.errors import printable
 from apd.retrieval.evaluation import RANKS, Evaluation
 from apd.retrieval.features import SPLITS, FeatureSet
 from apd.retrieval.ranked_lists import RankedLists

@@ -110,19 +110,29 @@ def re_ranking(
 
 
 class LazyDistances:
-    """A distance matrix that is computed anew whenever it is read: ``numpy.asarray(it)``, ``it[rows]``."""
+    """A distance matrix that is computed once, when it is read: ``numpy.asarray(it)``, ``it[rows]``, ``it.T``."""
 
     def __init__(self, shape: tuple[int, int], compute: Callable[[], Tensor]) -> None:
         """`compute` gives the matrix, of that shape."""
         self.shape, self._compute = shape, compute
+        self._made: np.ndarray | None = None
 
     def __repr__(self) -> str:
         return f"LazyDistances(shape={self.shape})"
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        if copy is False:
-            raise ValueError("copy: expected None or True, as the distances are computed when they are asked for")
-        return np.asarray(self._compute().cpu().numpy(), dtype=dtype)
+        if self._made is None:
+            self._made = self._compute().cpu().numpy()
+        made = np.asarray(self._made, dtype=dtype)
+        return made.copy() if copy else made
+
+    def __len__(self) -> int:
+        return self.shape[0]
 
     def __getitem__(self, key: Any) -> Any:
         return np.asarray(self)[key]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(np.asarray(self), name)

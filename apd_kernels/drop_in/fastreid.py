@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,9 @@ from torch import Tensor
 from apd_kernels._core.checks import check_choice
 from apd_kernels.contrastive import circle_loss, cosface_loss
 from apd_kernels.distance import pairwise_distance
+from apd_kernels.drop_in import checking
 from apd_kernels.drop_in._shared import FLOOR, curve, evaluated, labels_of, re_ranking, tensor
+from apd_kernels.drop_in.replacing import Replacement
 from apd_kernels.evaluation.ranking import rank_metrics
 from apd_kernels.evaluation.rerank import jaccard_distance, k_reciprocal_rerank, query_expansion
 from apd_kernels.losses import triplet_loss_from_distances
@@ -341,3 +344,92 @@ def evaluate(self: Any) -> dict[str, Any]:
         for rate in (1e-4, 1e-3, 1e-2):
             self._results[f"TPR@FPR={rate:.0e}"] = accepted[np.argmin(np.abs(rates - rate))]
     return OrderedDict(self._results)
+
+
+_LOSSES, _UTILS = ("fastreid.modeling.losses.triplet_loss",), ("fastreid.modeling.losses.utils",)
+_CIRCLE, _DIST = ("fastreid.modeling.losses.circle_loss",), ("fastreid.utils.compute_dist",)
+_ROUNDING = "up to rounding"
+REPLACEMENTS = (
+    Replacement("fastreid", "distances", _UTILS, "euclidean_dist", euclidean_dist, _ROUNDING),
+    Replacement("fastreid", "distances", _UTILS, "cosine_dist", cosine_dist, _ROUNDING),
+    Replacement(
+        "fastreid", "triplet", _LOSSES, "triplet_loss", triplet_loss, _ROUNDING,
+        ("hard_example_mining", "weighted_example_mining", "softmax_weights"),
+    ),
+    Replacement("fastreid", "pairwise", _CIRCLE, "pairwise_circleloss", pairwise_circleloss, _ROUNDING),
+    Replacement("fastreid", "pairwise", _CIRCLE, "pairwise_cosface", pairwise_cosface, _ROUNDING),
+    Replacement("fastreid", "distances", _DIST, "compute_euclidean_distance", compute_euclidean_distance, _ROUNDING),
+    Replacement("fastreid", "distances", _DIST, "compute_cosine_distance", compute_cosine_distance, _ROUNDING),
+    Replacement(
+        "fastreid", "rerank", _DIST, "compute_jaccard_distance", compute_jaccard_distance, f"{_ROUNDING}; any device",
+        ("k_reciprocal_neigh",),
+    ),
+    Replacement(
+        "fastreid", "rerank", _DIST, "build_dist", build_dist, _ROUNDING,
+        ("compute_euclidean_distance", "compute_cosine_distance", "compute_jaccard_distance"),
+    ),
+    Replacement("fastreid", "rerank", ("fastreid.evaluation.rerank",), "re_ranking", re_ranking, _ROUNDING),
+    Replacement(
+        "fastreid", "evaluator", ("fastreid.evaluation.query_expansion",), "aqe", aqe,
+        f"{_ROUNDING}; negative similarities as 0",
+    ),
+    Replacement(
+        "fastreid", "evaluator", ("fastreid.evaluation.rank",), "evaluate_rank", evaluate_rank,
+        "exact; ties stable; CUHK03 by other draws", ("evaluate_py", "eval_market1501", "eval_cuhk03"),
+    ),
+    Replacement(
+        "fastreid", "evaluator", ("fastreid.evaluation.roc",), "evaluate_roc", evaluate_roc, "exact",
+        ("evaluate_roc_py",),
+    ),
+    Replacement(
+        "fastreid", "evaluator", ("fastreid.evaluation.reid_evaluation",), "ReidEvaluator.evaluate",
+        evaluate, "exact; ties against",
+    ),
+)  # fmt: skip
+
+
+def _of_triplets(function: Callable[..., Any], _: Any, generator: torch.Generator) -> Any:
+    results = []
+    for hard in (True, False):
+        x = checking.features(generator, 64, 8).requires_grad_()
+        loss = function(x, checking.labels(64), 0.3, False, hard)
+        loss.backward()
+        results += [loss, x.grad]
+    return results
+
+
+def _of_pairs(function: Callable[..., Any], _: Any, generator: torch.Generator) -> Any:
+    x = checking.features(generator, 64).requires_grad_()
+    loss = function(x, checking.labels(64), 0.25, 32.0)
+    loss.backward()
+    return [loss, x.grad]
+
+
+def _of_batch(function: Callable[..., Any], _: Any, generator: torch.Generator) -> Any:
+    return function(checking.features(generator, 64), checking.features(generator, 64))
+
+
+def _of_ranking(function: Callable[..., Any], _: Any, generator: torch.Generator) -> Any:
+    distances, labels = checking.ranking(generator)
+    return function(distances, *labels, use_cython=False)
+
+
+def _of_reranking(function: Callable[..., Any], _: Any, generator: torch.Generator) -> Any:
+    query, gallery = checking.features(generator, 60), checking.features(generator, 240)
+    pairs = (query, gallery), (query, query), (gallery, gallery)
+    return function(*(torch.cdist(x, y).numpy() for x, y in pairs))
+
+
+CASES: dict[str, checking.Case] = {
+    "triplet_loss": _of_triplets,
+    "euclidean_dist": _of_batch,
+    "cosine_dist": _of_batch,
+    "pairwise_circleloss": _of_pairs,
+    "pairwise_cosface": _of_pairs,
+    "compute_euclidean_distance": _of_batch,
+    "compute_cosine_distance": _of_batch,
+    "aqe": _of_batch,
+    "evaluate_rank": _of_ranking,
+    "evaluate_roc": _of_ranking,
+    "re_ranking": _of_reranking,
+}

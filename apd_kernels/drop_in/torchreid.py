@@ -10,6 +10,7 @@ from __future__ import annotations
 import os.path
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from apd_kernels._core.checks import check_choice
 from apd_kernels.distance import pairwise_distance
+from apd_kernels.drop_in import checking
 from apd_kernels.drop_in._shared import (
     DRAWS,
     LazyDistances,
@@ -29,6 +31,7 @@ from apd_kernels.drop_in._shared import (
     labels_of,
     re_ranking,
 )
+from apd_kernels.drop_in.replacing import Replacement
 from apd_kernels.evaluation.ranking import rank_metrics
 from apd_kernels.evaluation.rerank import k_reciprocal_rerank
 
@@ -223,3 +226,61 @@ def evaluate(
             topk=visrank_topk,
         )
     return cmc[0], result.mAP
+
+
+def _in(module: str) -> tuple[str, ...]:
+    """On GitHub, and in the package index."""
+    return (f"torchreid.{module}", f"torchreid.reid.{module}")
+
+
+_ROUNDING = "up to rounding"
+REPLACEMENTS = (
+    Replacement(
+        "torchreid", "triplet", _in("losses.hard_mine_triplet_loss"), "TripletLoss.forward", TripletLoss.forward,
+        f"{_ROUNDING}; any batch", ("TripletLoss.__init__",),
+    ),
+    Replacement(
+        "torchreid", "distances", _in("metrics.distance"), "euclidean_squared_distance", euclidean_squared_distance,
+        _ROUNDING,
+    ),
+    Replacement("torchreid", "distances", _in("metrics.distance"), "cosine_distance", cosine_distance, _ROUNDING),
+    Replacement(
+        "torchreid", "evaluator", _in("metrics.rank"), "evaluate_rank", evaluate_rank,
+        "exact; ties stable; CUHK03 by other draws", ("evaluate_py", "eval_market1501", "eval_cuhk03"),
+    ),
+    Replacement(
+        "torchreid", "evaluator", _in("engine.engine"), "Engine._evaluate", evaluate, "exact; ties against"
+    ),
+    Replacement("torchreid", "rerank", _in("utils.rerank"), "re_ranking", re_ranking, _ROUNDING),
+)  # fmt: skip
+
+
+def _of_triplets(function: Callable[..., Any], module: Any, generator: torch.Generator) -> Any:
+    x = checking.features(generator, 64).requires_grad_()
+    loss = function(module.TripletLoss(0.3), x, checking.labels(64))
+    loss.backward()
+    return [loss, x.grad]
+
+
+def _of_batch(function: Callable[..., Any], _: Any, generator: torch.Generator) -> Any:
+    return function(checking.features(generator, 64), checking.features(generator, 64))
+
+
+def _of_ranking(function: Callable[..., Any], _: Any, generator: torch.Generator) -> Any:
+    distances, labels = checking.ranking(generator)
+    return function(distances, *labels)
+
+
+def _of_reranking(function: Callable[..., Any], _: Any, generator: torch.Generator) -> Any:
+    query, gallery = checking.features(generator, 60), checking.features(generator, 240)
+    pairs = (query, gallery), (query, query), (gallery, gallery)
+    return function(*(torch.cdist(x, y).numpy() for x, y in pairs))
+
+
+CASES: dict[str, checking.Case] = {
+    "TripletLoss.forward": _of_triplets,
+    "euclidean_squared_distance": _of_batch,
+    "cosine_distance": _of_batch,
+    "evaluate_rank": _of_ranking,
+    "re_ranking": _of_reranking,
+}

@@ -165,7 +165,9 @@ def _checked_manifest(path: Path, sealed: bytes, format: str, version: int, erro
         found = manifest.get("format") if isinstance(manifest, dict) else None
         raise error(f"{path / MANIFEST}: expected format {format!r}, got {found!r}")
     found = manifest.get("version")
-    if isinstance(found, int) and found > version:
+    if type(found) is not int or found < 1:
+        raise error(f"{path / MANIFEST}: damaged: expected a format version from 1 to {version}, got {found!r}")
+    if found > version:
         raise error(f"{path}: saved in format version {found}, this release reads up to {version}: install a newer one")
     seal = manifest.pop("seal", None)
     if seal != _seal(manifest) or _rendered({**manifest, "seal": seal}) != sealed:

@@ -12,6 +12,8 @@ from torch import Tensor
 from apd_kernels._core.checks import check_tensor
 from apd_kernels.evaluation.retrieval_metrics import Unlabelled
 
+METADATA_KINDS = "biufU"  # of NumPy's dtypes: booleans, numbers, strings
+
 
 class Column:
     """One value for each row, appended in pieces and joined when read."""
@@ -108,7 +110,7 @@ class Columns:
         columns = {}
         for name, values in metadata.items():
             column = np.asarray(values)
-            if column.dtype.kind not in "biufU" and column.size:
+            if column.dtype.kind not in METADATA_KINDS and column.size:
                 raise TypeError(f"metadata[{name!r}]: expected strings, numbers or booleans, got {column.dtype}")
             if column.shape != (count,):
                 raise ValueError(f"metadata[{name!r}]: expected shape ({count},), got {column.shape}")

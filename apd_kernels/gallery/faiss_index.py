@@ -204,6 +204,14 @@ def _parameters(index: Any, left: dict[str, int], known: list[str]) -> Any:
     return None
 
 
+def searched(index: Any, queries: np.ndarray, k: int, parameters: Any) -> tuple[np.ndarray, np.ndarray]:
+    """FAISS's scores and positions, with search parameters: also where faiss.contrib.torch_utils, which
+    pytorch-metric-learning imports, has put a search without them in its place."""
+    search = getattr(index, "search_numpy", index.search)
+    scores, positions = search(queries, k, params=parameters)
+    return scores, positions
+
+
 class ApproximateIndex:
     """An index of any factory string over the rows of a gallery; it proposes rows, by their positions there.
 
@@ -277,7 +285,7 @@ class ApproximateIndex:
         """Positions of rows, int64 (Q, candidates); −1 where there is none."""
         candidates = min(candidates, self.entries)
         made = search_parameters(self.index, parameters)
-        entries = self.index.search(queries, candidates, params=made)[1]
+        entries = searched(self.index, queries, candidates, made)[1]
         return np.where(entries < 0, -1, self._positions[entries])
 
     def _refill(self, rows: np.ndarray) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from apd_kernels.gallery.atomic_folder import HashingWriter, load_folder, save_folder
-from apd_kernels.gallery.columns import Column, Columns
+from apd_kernels.gallery.columns import METADATA_KINDS, Column, Columns
 from apd_kernels.gallery.faiss_index import build, flat_index, import_faiss
 from apd_kernels.gallery.rows import LARGEST_NORM
 
@@ -125,6 +125,8 @@ def _fit(count: int, columns: Columns, zero: Column | None) -> bool:
         return False
     if any(column.dtype != np.int64 for column in numbers) or (zero is not None and zero.dtype != np.bool_):
         return False
+    if any(column.dtype.kind not in METADATA_KINDS for column in columns.metadata.values()):
+        return False
     keys, next_key = columns.keys.values(), columns.next_key
     once = len(np.unique(keys)) == count and int(keys.min(initial=0)) >= 0
-    return once and isinstance(next_key, int) and next_key > int(keys.max(initial=-1))
+    return once and isinstance(next_key, int) and int(keys.max(initial=-1)) < next_key <= 2**63

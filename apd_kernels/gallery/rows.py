@@ -18,7 +18,7 @@ from torch import Tensor
 from apd_kernels._core.checks import check_features
 from apd_kernels.evaluation.retrieval_metrics import Unlabelled
 from apd_kernels.gallery.columns import Column
-from apd_kernels.gallery.faiss_index import GPU_LARGEST_K, flat_index, import_faiss, to_gpu
+from apd_kernels.gallery.faiss_index import GPU_LARGEST_K, flat_index, import_faiss, searched, to_gpu
 
 # Rows longer than this overflow float32 in squared distances.
 LARGEST_NORM = 1e18
@@ -196,7 +196,7 @@ class GalleryRows:
         for at, mask in pieces:
             bits = np.packbits(mask, bitorder="little")
             parameters = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(bits))
-            scores[at], positions[at] = self.index.search(queries[at], candidates, params=parameters)
+            scores[at], positions[at] = searched(self.index, queries[at], candidates, parameters)
         return scores, positions
 
     def _distances(self, queries: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -36,8 +36,8 @@ from apd.data import images
 from apd.data.datasets.matlab import read_variable
 from apd.data.images import load_image, within
 from apd.data.market import read_market
-from apd.errors import DataWarning, InputError
-from apd.files import check_destination, misfit, only_writer, printable, replacing, write_text
+from apd.errors import DataWarning, InputError, printable
+from apd.files import check_destination, misfit, only_writer, replacing, write_text
 from apd.retrieval import ranked_lists
 from apd.retrieval.features import load_features, map_array
 from apd.run import read_info

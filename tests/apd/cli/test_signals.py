@@ -73,5 +73,25 @@ def test_what_is_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interrupt.signal, "signal", handlers.__setitem__)
     with ending_by_signals():
         assert handlers[signal.SIGINT] == signal.SIG_IGN
-        assert handlers[signal.SIGTERM] == interrupt._end
+        assert callable(handlers[signal.SIGTERM])
     assert handlers == {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_DFL}
+
+
+@SIGNALS
+@pytest.mark.parametrize("within", [ending_by_signals, whole_steps], ids=["command", "step"])
+def test_what_a_library_makes_of_a_signal_is_the_signal(within: Any, signum: int) -> None:
+    """An import that is cut off, or C++ that calls Python back, raises an error of its own; without one it is that."""
+
+    def library() -> None:
+        try:
+            os.kill(os.getpid(), signum)
+            time.sleep(0)
+        except KeyboardInterrupt:
+            pass
+        raise RuntimeError("partially initialized")
+
+    with pytest.raises(Interrupted) as caught, ending_by_signals(), within():
+        library()
+    assert caught.value.signum == signum
+    with pytest.raises(RuntimeError, match="its own"), ending_by_signals(), within():
+        raise RuntimeError("its own")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from places import ROOT
 from torch import Tensor
 
 from apd_kernels import Gallery, SearchResult, pairwise_distance
@@ -530,3 +534,20 @@ def test_a_gpu_finds_what_the_cpu_finds(metric: str, engine: str) -> None:
         results.append(gallery.search(queries, 50, where=mask[100:]))
     torch.testing.assert_close(results[0].distances, results[1].distances, rtol=2e-6, atol=2e-6)
     assert (results[0].indices == results[1].indices).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("index", ["Flat", "HNSW8"])
+def test_beside_faiss_for_tensors(index: str) -> None:
+    """What pytorch-metric-learning imports changes FAISS's classes for the whole process: so in one of its own."""
+    program = (
+        "import faiss.contrib.torch_utils, sys, torch\n"
+        "from apd_kernels import Gallery\n"
+        "gallery, few = Gallery(dim=8, index=sys.argv[1]), torch.arange(500) % 10 == 0\n"
+        "rows = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))\n"
+        "gallery.add(rows)\n"
+        "print(torch.equal(gallery.search(rows[few], k=1, where=few).indices[:, 0], few.nonzero()[:, 0]))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program, index]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ended.stdout == "True\n", ended.stderr
