@@ -102,8 +102,10 @@ def plan(wanted: Iterable[Replacement], allow_unknown: bool) -> tuple[list[tuple
     for one in wanted:
         for module in one.modules:
             for name, path in _located(module):
-                problem = "" if allow_unknown else _problem(one, path)
-                if problem:
+                problem = _problem(one, path)
+                if problem and name != module:
+                    continue  # of the same name within another package, such as timm.utils.metrics
+                if problem and not allow_unknown:
                     problems.append(f"{name}:{one.name}: {problem}")
                 places.append((one, name))
     return places, problems
@@ -179,7 +181,7 @@ def _located(module: str) -> Iterator[tuple[str, Path]]:
     for name, loaded in list(sys.modules.items()):
         file = getattr(loaded, "__file__", None)
         if (name == module or name.endswith(f".{module}")) and file and file.endswith(".py"):
-            found = True
+            found |= name == module
             yield name, Path(file)
     if not found:
         inside = module.replace(".", "/")

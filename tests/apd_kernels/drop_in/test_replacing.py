@@ -215,6 +215,25 @@ def test_a_project_that_is_not_there(tmp_path: Path) -> None:
     assert not drop_in.report().rows
 
 
+def test_modules_of_the_same_name_elsewhere(project: Path) -> None:
+    """timm has a utils.metrics, too; a project within a package is the project."""
+    for folder, text in (("other/utils", "def eval_func():\n    return 'other'\n"), ("mine/utils", METRICS)):
+        (project / folder).mkdir(parents=True)
+        (project / folder / "metrics.py").write_text(text)
+    for name in ("utils.reranking", "other.utils.metrics", "mine.utils.metrics"):
+        importlib.import_module(name)
+    try:
+        drop_in.apply("transreid", only=["eval_func"])
+        assert set(states()) == {"utils.metrics:eval_func", "mine.utils.metrics:eval_func"}
+        arguments = torch.eye(2), [1, 2], [1, 2], [0, 0], [1, 1]
+        for name in ("utils.metrics", "mine.utils.metrics"):
+            assert importlib.import_module(name).eval_func(*arguments)[1] == 0.5
+        assert importlib.import_module("other.utils.metrics").eval_func() == "other"
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] in ("other", "mine")]:
+            del sys.modules[name]
+
+
 def test_what_keeps_the_original_is_said(project: Path) -> None:
     triplets = importlib.import_module("loss.triplet_loss")
     kept = functools.partial(triplets.euclidean_dist, 1)
