@@ -69,10 +69,10 @@ def test_hard_cluster_memory(real_data: Path, backend: Backend) -> None:
     for case, arrays in _golden(real_data, "clustercontrast_ClusterMemory", backend, "hard1"):
         for dtype, relative in _kinds(backend):
             relative = max(relative, 1e-7)  # the other side keeps its momentum in float32
-            memory = ClusterMemory(
-                12, 32, momentum=float(arrays["momentum"]), hardest=True, dtype=dtype, device=backend.device
-            )
-            memory.centroids.copy_(_tensor(arrays["features_before"], backend))
+            before = _tensor(arrays["features_before"], backend)
+            options = {"momentum": float(arrays["momentum"]), "hardest": True, "dtype": dtype, "device": backend.device}
+            memory = ClusterMemory(*before.shape, **options)
+            memory.centroids.copy_(before)
             memory.valid.fill_(True)
             for step in (1, 2):
                 x = leaf(torch.from_numpy(arrays[f"inputs{step}"]), backend.device, dtype)

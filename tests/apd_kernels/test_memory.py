@@ -424,7 +424,7 @@ def test_golden_centroids(real_data: Path) -> None:
         if case["use_hard"]:
             continue
         seen += 1
-        memory = ClusterMemory(12, 32, momentum=float(case["momentum"]), dtype=torch.float64)
+        memory = ClusterMemory(*case["features_before"].shape, momentum=float(case["momentum"]), dtype=torch.float64)
         memory.centroids.copy_(torch.from_numpy(case["features_before"]))
         memory.valid.fill_(True)
         for step in (1, 2):
@@ -434,7 +434,7 @@ def test_golden_centroids(real_data: Path) -> None:
             assert_close(memory.centroids, torch.from_numpy(case[f"features_after{step}_f64"]), 1e-7, name)
     for name, case in _golden(real_data, "bau_MemoryBank_momentum_update").items():
         seen += 1
-        memory = ClusterMemory(10, 32, momentum=float(case["momentum"]))
+        memory = ClusterMemory(*case["features_before"].shape, momentum=float(case["momentum"]))
         memory.centroids.copy_(torch.from_numpy(case["features_before"]))
         memory.valid.fill_(True)
         memory.update(torch.from_numpy(case["inputs"]), torch.from_numpy(case["targets"]))
