@@ -154,8 +154,11 @@ def triplet_loss(
         if reduction == "mean":
             loss, _, _ = _triplet_loss_indexed(x, rows, *pair, margin, reverse, metric, backend)
         else:
-            distances = Pair(*(paired_distance(x, _taken(x if rows is None else rows, i), metric=metric) for i in pair))
             valid = (pair.positive >= 0) & (pair.negative >= 0)
+            anchors = torch.where(valid[..., None], x, 0)  # a NaN of a row that does not count stays out
+            others = x if rows is None else rows
+            taken = (torch.where(valid[..., None], _taken(others, index), 0) for index in pair)
+            distances = Pair(*(paired_distance(anchors, rows_of_side, metric=metric) for rows_of_side in taken))
             loss = _of_pairs(HardPairs(distances, pair, valid), margin, reverse, reduction)
     return (loss, pair) if return_indices else loss
 
@@ -200,6 +203,8 @@ def triplet_loss_from_distances(
     tensor([0.0000, 0.8000, 7.3000, 0.0000])
     """
     check_floating("positive", positive)
+    if not positive.dim():
+        raise ValueError("positive: expected shape (…, N), got ()")
     if valid is None:
         valid = torch.ones_like(positive, dtype=torch.bool)
     for name, other, dtype in (("negative", negative, positive.dtype), ("valid", valid, torch.bool)):
@@ -237,11 +242,15 @@ def _of_distances(
     if margin is not None:
         gap = gap + margin
     terms = F.softplus(gap, threshold=40) if soft or margin is None else gap.relu()
-    return reduced(terms, valid, reduction)
+    if reduction == "none" or terms.dtype not in (torch.float16, torch.bfloat16):
+        return reduced(terms, valid, reduction)
+    return reduced(terms.float(), valid, reduction).to(terms.dtype)  # a sum of float16 overflows at 65,504
 
 
 def _taken(rows: Tensor, index: Tensor) -> Tensor:
-    """rows[index], of each set its own; row 0 for −1."""
+    """rows[index], of each set its own; row 0 for −1, zeros where there are no rows."""
+    if not rows.shape[-2]:
+        return rows.new_zeros(*index.shape, rows.shape[-1])
     return rows.gather(-2, index.clamp(min=0)[..., None].expand(*index.shape, rows.shape[-1]))
 
 

@@ -250,7 +250,8 @@ class ClusterMemory(Module):
         _check_batch(x, labels, self.centroids)
         if not x.requires_grad:
             raise ValueError("x: expected features that require a gradient, got some without")
-        x.register_hook(lambda _: self.update(x.detach(), labels))
+        rows = x.detach()  # a hook that held x itself would keep its graph alive
+        x.register_hook(lambda _: self.update(rows, labels))
 
     @torch.no_grad()
     def _of_hardest(self, x: Tensor, labels: Tensor) -> Tensor:

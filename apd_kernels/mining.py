@@ -224,14 +224,18 @@ def ranked_pairs_from_distances(
             sides, pair_masks(pairing, block), (positives, negatives), (-1, 1), strict=True
         ):
             first, last = places
-            key = torch.where(mask, (sign * d[block]).nan_to_num(-torch.inf, torch.inf, -torch.inf), torch.inf)
-            # Those that are none stand behind an infinite distance.
+            key = torch.where(mask, sign * d[block], torch.inf)
             order = key.argsort(dim=1, stable=True)
+            # A NaN, which sorting puts last, stands first; those that are none stand behind an infinite distance.
+            order = order.gather(1, (~key.isnan().gather(1, order)).int().argsort(dim=1, stable=True))
             order = order.gather(1, (~mask.gather(1, order)).int().argsort(dim=1, stable=True))[:, first - 1 : last]
             found = torch.where(mask.gather(1, order), order, -1)
             missing = last - first + 1 - found.shape[1]
             side.append(torch.nn.functional.pad(found, (0, missing), value=-1))
-    return Pair(*(torch.cat(side) for side in sides))
+    nothing = [
+        torch.empty((0, last - first + 1), dtype=torch.int64, device=d.device) for first, last in (positives, negatives)
+    ]
+    return Pair(*(torch.cat([none, *side]) for none, side in zip(nothing, sides, strict=True)))
 
 
 def _first(mask: Tensor) -> Tensor:

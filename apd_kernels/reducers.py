@@ -152,7 +152,7 @@ def margin_terms(
     )
     # Not smaller, rather than larger: a NaN counts.
     valid = ~((of_positives < MISSING) | (of_negatives < MISSING))
-    return F.softplus(torch.where(valid, of_positives + of_negatives, 0)), valid
+    return F.softplus(torch.where(valid, of_positives + of_negatives, 0), threshold=40), valid
 
 
 def contrastive_terms(

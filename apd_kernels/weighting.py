@@ -107,7 +107,8 @@ def _softly(d: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
         return d.sum(1)
     some = mask.any(1, keepdim=True)
     weights = logits.masked_fill(~mask, -torch.inf).masked_fill(~some, 0).softmax(1)
-    return torch.where(some, weights * torch.where(mask, d, 0), 0).sum(1)
+    counts = mask & (weights != 0)  # an infinite distance has no weight among negatives, and 0 · ∞ is nothing
+    return torch.where(some, weights * torch.where(counts, d, 0), 0).sum(1)
 
 
 def _fake(x: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

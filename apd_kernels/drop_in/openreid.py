@@ -97,7 +97,8 @@ class ClusterMemory(torch.nn.Module):
         targets = targets.to(rows.device)
         centroids = self.features
         if rows.requires_grad:
-            rows.register_hook(lambda _: _moved(centroids, rows, targets, self.momentum, self.use_hard))
+            samples = rows.detach()  # a hook that held the rows themselves would keep their graph alive
+            rows.register_hook(lambda _: _moved(centroids, samples, targets, self.momentum, self.use_hard))
         identity = torch.arange(len(centroids), device=rows.device)
         kept = centroids.to(rows.dtype, copy=True)  # as it is now, for the backward pass
         return supervised_contrastive_loss(rows, targets, kept, identity, temperature=self.temp, metric="dot")

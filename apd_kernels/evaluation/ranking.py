@@ -422,6 +422,8 @@ def tpr_at_fpr_from_distances(
     """
     _check_matrix(distances, (query_ids, gallery_ids, query_cams, gallery_cams))
     unlabelled = checked_unlabelled(junk, unknown_camera)
+    if not isinstance(fpr, Sequence):
+        raise TypeError(f"fpr: expected a sequence of rates, got {type(fpr).__name__}")
     for rate in fpr:
         check_number("fpr", rate)
         if rate >= 1:
@@ -429,7 +431,7 @@ def tpr_at_fpr_from_distances(
     query_ids, gallery_ids = query_ids.long(), gallery_ids.long()
     queries = (~unlabelled.is_junk(query_ids)).nonzero()[:, 0]
     images = ~unlabelled.is_junk(gallery_ids)
-    most = int(max(fpr, default=0) * queries.numel() * int(images.sum())) + 1
+    most = 1 + int(max(fpr, default=0) * queries.numel() * int(images.sum())) + 1
     positives, nearest, impostors = [], distances.new_empty(0), 0
     for rows in queries.split(_rows_at_once(distances)):
         block = distances[rows]
@@ -453,7 +455,10 @@ def tpr_at_fpr_from_distances(
     nearest = nearest.sort().values
     rates = []
     for rate in fpr:
-        accepted = int(rate * impostors)  # the next one is refused, and what is as far as it
+        accepted = int(rate * impostors)
+        # 0.29 · 100 is below 29; as far as the product is rounded up, back.
+        accepted += ((accepted + 1) / impostors <= rate) - (accepted / impostors > rate)
+        # The next one is refused, and what is as far as it.
         below = found < nearest[accepted] if accepted < impostors else torch.ones_like(found, dtype=torch.bool)
         rates.append(below.double().mean())
-    return torch.stack(rates)
+    return torch.stack(rates) if rates else found.new_empty(0, dtype=torch.float64)

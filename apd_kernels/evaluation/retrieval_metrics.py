@@ -88,6 +88,8 @@ class PositiveRanks(NamedTuple):
     def reciprocal_rank(self, k: int | None = None) -> Tensor:
         """1 / rank of the first positive of each query, 0 where it is behind place k (MRR@k is its mean); (Q,)
         float64, NaN without a positive."""
+        if k is not None:
+            _check_place("k", k)
         first = self._first()
         inverse = 1 / self.rank[first].double()
         if k is not None:
@@ -104,6 +106,7 @@ class PositiveRanks(NamedTuple):
             every_match: count every positive, by 1 over their number and as if it were the only one in its list
                 (open-reid's default, ``first_match_break=False``).
         """
+        _check_place("max_rank", max_rank)
         if every_match:
             place, weight = self.rank - self.hit, 1 / self.positives[self.query].double()
         else:
@@ -440,10 +443,15 @@ def _reaching(block: Tensor, edges: Tensor, starts: Tensor) -> Tensor:
 def check_options(ap: str, ties: str, max_rank: int, all_ties: tuple[str, ...] = TIES) -> None:
     check_choice("ap", ap, AVERAGE_PRECISIONS)
     check_choice("ties", ties, all_ties)
-    if isinstance(max_rank, bool) or not isinstance(max_rank, int):
-        raise TypeError(f"max_rank: expected an int, got {type(max_rank).__name__}")
-    if not 1 <= max_rank <= _LONGEST_CMC:
-        raise ValueError(f"max_rank: expected from 1 to {_LONGEST_CMC:,}, got {max_rank}")
+    _check_place("max_rank", max_rank)
+
+
+def _check_place(name: str, value: int) -> None:
+    """A place in a list: as far as a CMC may reach."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if not 1 <= value <= _LONGEST_CMC:
+        raise ValueError(f"{name}: expected from 1 to {_LONGEST_CMC:,}, got {value}")
 
 
 def check_labels(
@@ -467,6 +475,8 @@ def checked_unlabelled(junk: int | None, unknown_camera: int | None) -> Unlabell
     for name, value in (("junk", junk), ("unknown_camera", unknown_camera)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise TypeError(f"{name}: expected an int or None, got {type(value).__name__}")
+        if value is not None and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name}: expected a number of 64 bits, got {value}")
     return Unlabelled(junk, unknown_camera)
 
 

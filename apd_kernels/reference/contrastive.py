@@ -76,7 +76,7 @@ def _circle(
         e_n.mul_(torch.where(valid, outer / sum_n, 0)[..., None]).sub_(e_p)
         torch.mul(e_n, by_u, out=slopes)
         _leave_out(slopes, positive | negative, valid, sum_p + sum_n)
-    return F.softplus(both), valid
+    return F.softplus(both, threshold=40), valid
 
 
 def _contrastive(

@@ -381,3 +381,47 @@ def test_wrong_kinds() -> None:
         triplets_from_distances(torch.zeros(4, 4), Pairing(LABELS_4), margin=-1)
     empty = triplets_from_distances(torch.zeros(0, 0), Pairing(LABELS_4[:0]))
     assert all(side.shape == (0,) and side.dtype == torch.int64 for side in empty)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_rows_that_given_winners_leave_out(reduction: str) -> None:
+    """A −1 takes no row: a NaN in row 0 stays out of the gradient, and there may be no row at all."""
+    nan = torch.nan
+    x = torch.tensor([[nan, nan], [0.0, 0.0], [1.0, 0.0], [3.0, 0.0]], requires_grad=True)
+    labels = torch.tensor([9, 7, 7, 8])
+    indices = torch.tensor([-1, 2, 1, -1]), torch.tensor([-1, 3, 3, -1])
+    triplet_loss(x, labels, indices=indices, reduction=reduction).sum().backward()
+    assert x.grad.isfinite().all()
+    none = torch.full((4,), -1)
+    loss = triplet_loss(x, labels, x[:0].detach(), labels[:0], indices=(none, none), reduction=reduction)
+    assert not loss.detach().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "mean_all"])
+def test_means_of_many_half_terms(dtype: torch.dtype, reduction: str) -> None:
+    """Their sum is beyond 65,504."""
+    ones = torch.ones(70_000, dtype=dtype)
+    loss = triplet_loss_from_distances(ones, 0 * ones, margin=0.0, reduction=reduction)
+    assert loss.dtype == dtype
+    assert float(loss) == 1
+
+
+def test_ranges_of_no_rows_and_nan_before_infinity() -> None:
+    found = ranked_pairs_from_distances(torch.zeros(0, 0), Pairing(LABELS_4[:0]), negatives=(1, 3))
+    assert found.negative.shape == (0, 3)
+    distances = torch.tensor([[torch.inf, torch.nan, 1.0, 2.0]])
+    pairing = Pairing(torch.tensor([7]), torch.tensor([7, 7, 7, 8]))
+    found = ranked_pairs_from_distances(distances, pairing, positives=(1, 3))
+    assert found.positive.tolist() == [[1, 0, 2]]
+
+
+def test_an_infinite_negative_has_no_weight() -> None:
+    distances = torch.tensor([[0.0, 1.0, torch.inf, 2.0]], requires_grad=True)
+    found = weighted_pairs_from_distances(distances, Pairing(torch.tensor([7]), torch.tensor([8, 7, 8, 8])))
+    expected = weighted_pairs_from_distances(
+        distances[:, [0, 1, 3]], Pairing(torch.tensor([7]), torch.tensor([8, 7, 8]))
+    )
+    assert_close(found.distances.negative, expected.distances.negative, 1e-6)
+    found.distances.negative.sum().backward()
+    assert distances.grad.isfinite().all()

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -510,3 +512,16 @@ def test_update_in_backward(backend: Backend, hardest: bool) -> None:
         assert torch.equal(memory.centroids, other.centroids)
     with pytest.raises(ValueError, match="x: expected features that require a gradient, got some without"):
         memory.update_in_backward(x.detach(), labels)
+
+
+def test_update_in_backward_keeps_no_batch() -> None:
+    memory, layer = ClusterMemory(4, 8), torch.nn.Linear(8, 8)
+    alive = []
+    for _ in range(3):
+        x = layer(torch.randn(16, 8))
+        memory.update_in_backward(x, torch.arange(16) % 4)
+        x.square().sum().backward()
+        alive.append(weakref.ref(x))
+        del x
+    gc.collect()
+    assert [reference() for reference in alive] == [None] * 3

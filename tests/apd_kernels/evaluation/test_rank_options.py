@@ -425,6 +425,7 @@ def test_positive_ranks_in_pieces_and_without_a_positive() -> None:
     ((1.0,), ValueError, "fpr: expected rates below 1, got 1.0"),
     ((-0.1,), ValueError, "fpr: expected a finite number of at least 0"),
     (("a",), TypeError, "fpr: expected a number, got str"),
+    (0.1, TypeError, "fpr: expected a sequence of rates, got float"),
 ])  # fmt: skip
 def test_wrong_rates(fpr: Any, kind: type[Exception], message: str) -> None:
     ids = torch.tensor([0, 1])
@@ -456,3 +457,26 @@ def test_verification_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         tpr_at_fpr_from_distances(torch.zeros(2, 2), torch.tensor([1, 2]), torch.tensor([3, 4]))
     with pytest.raises(ValueError, match="distances: expected no NaN, got one"):
         tpr_at_fpr_from_distances(torch.full((1, 1), torch.nan), torch.tensor([1]), torch.tensor([1]))
+
+
+@pytest.mark.parametrize("impostors", [1, 3, 7, 10, 100, 1000])
+def test_rates_reach_as_far_as_they_say(impostors: int) -> None:
+    """k of n impostors for the rate k / n, though 0.29 · 100 is below 29."""
+    distances = torch.arange(impostors, dtype=torch.float64)[None]
+    ids = torch.tensor([8] * impostors + [7])
+    for k in range(min(impostors, 100)):
+        matrix = torch.cat([distances, torch.tensor([[k - 0.5]])], 1)  # accepted with k impostors, not with fewer
+        arguments = matrix, torch.tensor([7]), ids
+        assert tpr_at_fpr_from_distances(*arguments, fpr=(k / impostors,)).item() == 1
+        assert k == 0 or tpr_at_fpr_from_distances(*arguments, fpr=((k - 0.5) / impostors,)).item() == 0
+    assert tpr_at_fpr_from_distances(*arguments, fpr=()).shape == (0,)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, True])
+def test_wrong_places(value: Any) -> None:
+    ranks = positive_ranks_from_distances(torch.zeros(1, 1), torch.tensor([1]), torch.tensor([1]))
+    for name, call in (("max_rank", ranks.cmc), ("k", ranks.reciprocal_rank)):
+        with pytest.raises((TypeError, ValueError), match=f"{name}: expected"):
+            call(value)
+    with pytest.raises(ValueError, match="junk: expected a number of 64 bits, got"):
+        rank_metrics_from_distances(torch.zeros(1, 1), torch.tensor([1]), torch.tensor([1]), junk=2**70)

@@ -244,6 +244,11 @@ def test_jaccard_in_float16() -> None:
     exact, rounded = jaccard_distance(x), jaccard_distance(x, dtype=torch.float16)
     assert rounded.dtype == torch.float16
     assert 0 < float((exact - rounded).abs().max()) < 4e-3
+    x = torch.randn(30, 16, generator=torch.Generator().manual_seed(0)).repeat(10, 1)
+    x += 0.4 * torch.randn(300, 16, generator=torch.Generator().manual_seed(1))
+    for sparse in (False, True):
+        found = jaccard_distance(x, dtype=torch.float16, sparse=sparse)
+        assert float((found.values() if sparse else found).min()) == 0  # DBSCAN refuses what is below
     with pytest.raises(TypeError, match=r"dtype: expected torch\.float16, torch\.float32 or None, got torch\.float64"):
         jaccard_distance(x.float(), dtype=torch.float64)
 
