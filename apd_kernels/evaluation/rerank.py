@@ -231,8 +231,8 @@ def k_reciprocal_rerank(
         variant: ``"torchreid"``: the square of `metric` over its maximum, as in torchreid, fast-reid, BAU and
             cluster-contrast. ``"transreid"``: the same of Euclidean distances with encodings in float16, as in
             TransReID, CLIP-ReID and strong-baseline; some 4e-3 off exact arithmetic, and as far below 0 as there.
-            ``"fastreid"``: the distance `metric` itself, and the Jaccard distance of `jaccard_distance`, which is what
-            fast-reid's evaluator calls re-ranking.
+            ``"fastreid"``: the distance `metric` itself, from products as in `pairwise_distance`, and the Jaccard
+            distance of `jaccard_distance`, which is what fast-reid's evaluator calls re-ranking.
         metric: ``"euclidean"``; ``"sqeuclidean"``, whose square torchreid's and fast-reid's own evaluation takes; or
             ``"cosine"``, 1 − cos, where a zero row is at distance 1 from all others.
 
