@@ -46,11 +46,24 @@ def circle_logits(d, positive, gamma, margin):
     return factor * (u - margin), factor
 
 
-def circle_tile(d, positive, negative, values):
-    logits, _ = circle_logits(d, positive, values[0], values[1])
+@jit
+def both_exponentials(logits, positive, negative):
     largest_p, total_p = exponentials(logits, positive)
     largest_n, total_n = exponentials(logits, negative)
     return largest_p, total_p, largest_n, total_n
+
+
+@jit
+def both_softmaxes(logits, positive, negative, results, gradients):
+    """∂L/∂logit of a positive, and of a negative less its sign, whose similarity falls with the distance."""
+    of_positives = gradients[0] * tl.exp(tl.where(positive, logits - results[0], 0.0))
+    of_negatives = -gradients[1] * tl.exp(tl.where(negative, logits - results[1], 0.0))
+    return tl.where(positive, of_positives, of_negatives)
+
+
+def circle_tile(d, positive, negative, values):
+    logits, _ = circle_logits(d, positive, values[0], values[1])
+    return both_exponentials(logits, positive, negative)
 
 
 def circle_combine(state, later):
@@ -65,9 +78,7 @@ def circle_finish(state, values):
 
 def circle_weights(d, positive, negative, values, results, gradients):
     logits, factor = circle_logits(d, positive, values[0], values[1])
-    of_positives = gradients[0] * tl.exp(tl.where(positive, logits - results[0], 0.0))
-    of_negatives = -gradients[1] * tl.exp(tl.where(negative, logits - results[1], 0.0))
-    return factor * tl.where(positive, of_positives, of_negatives)
+    return factor * both_softmaxes(logits, positive, negative, results, gradients)
 
 
 CIRCLE = PairReducer(
@@ -83,17 +94,12 @@ def cosface_logits(d, positive, gamma, margin):
 
 
 def cosface_tile(d, positive, negative, values):
-    logits = cosface_logits(d, positive, values[0], values[1])
-    largest_p, total_p = exponentials(logits, positive)
-    largest_n, total_n = exponentials(logits, negative)
-    return largest_p, total_p, largest_n, total_n
+    return both_exponentials(cosface_logits(d, positive, values[0], values[1]), positive, negative)
 
 
 def cosface_weights(d, positive, negative, values, results, gradients):
     logits = cosface_logits(d, positive, values[0], values[1])
-    of_positives = gradients[0] * tl.exp(tl.where(positive, logits - results[0], 0.0))
-    of_negatives = -gradients[1] * tl.exp(tl.where(negative, logits - results[1], 0.0))
-    return values[0] * tl.where(positive, of_positives, of_negatives)
+    return values[0] * both_softmaxes(logits, positive, negative, results, gradients)
 
 
 COSFACE = PairReducer(

@@ -24,11 +24,11 @@ from apd_kernels.drop_in.replacing import (
     Replacement,
     Row,
     chosen,
+    names,
     note_off,
     plan,
     put_in_place,
     refuse,
-    replacements,
 )
 from apd_kernels.drop_in.replacing import rows as _rows
 from apd_kernels.drop_in.replacing import undo as _undo
@@ -110,11 +110,11 @@ def apply(
     call = {"project": project, "only": only, "without": list(without), "allow_unknown": allow_unknown}
     added: list[Row] = []
     for name in PROJECTS if project is None else (project,):
-        known = {part for one in replacements(name) for part in (one.name, one.name.split(".")[0], one.switch)}
+        known = names(name)
         if project is None and only is not None and not known & set(only):
             continue
-        selected = None if only is None else [part for part in only if project is not None or part in known]
-        left = [part for part in without if project is not None or part in known]
+        selected = only if only is None or project is not None else [part for part in only if part in known]
+        left = without if project is not None else [part for part in without if part in known]
         wanted = chosen(name, selected, left)
         places, problems = plan(wanted, allow_unknown)
         if not places:

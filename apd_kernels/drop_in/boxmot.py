@@ -33,18 +33,7 @@ class TripletLoss(nn.Module):
         self.margin, self.soft_margin = margin, soft_margin
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The mean over all anchors, each its own positive.
-
-        Args:
-            inputs: features, shape (N, D), floating.
-            targets: identities, shape (N,), any integer dtype.
-
-        Returns:
-            A float32 scalar (float64 for float64).
-
-        Raises:
-            TypeError, ValueError: as `batch_hard`.
-        """
+        """The mean over all anchors, each its own positive; arguments and errors as torchreid's `TripletLoss`."""
         return batch_hard_triplet(inputs, targets, self.margin, self.soft_margin)
 
 

@@ -107,3 +107,21 @@ def ranking(generator: torch.Generator) -> tuple[np.ndarray, Sequence[np.ndarray
     distances = torch.rand(60, 400, generator=generator).numpy()
     ids, cams = (np.arange(n) % 16 for n in (60, 400)), (np.arange(n) // 16 % 3 for n in (60, 400))
     return distances, (*ids, *cams)
+
+
+# Cases of several projects.
+
+
+def of_batch(function: Callable[..., Any], _: Any, generator: torch.Generator) -> Any:
+    return function(features(generator, 64), features(generator, 64))
+
+
+def of_ranking(function: Callable[..., Any], _: Any, generator: torch.Generator) -> Any:
+    distances, of_images = ranking(generator)
+    return function(distances, *of_images)
+
+
+def of_reranking(function: Callable[..., Any], _: Any, generator: torch.Generator) -> Any:
+    query, gallery = features(generator, 60), features(generator, 240)
+    pairs = (query, gallery), (query, query), (gallery, gallery)
+    return function(*(torch.cdist(x, y).numpy() for x, y in pairs))

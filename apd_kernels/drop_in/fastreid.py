@@ -405,31 +405,21 @@ def _of_pairs(function: Callable[..., Any], _: Any, generator: torch.Generator) 
     return [loss, x.grad]
 
 
-def _of_batch(function: Callable[..., Any], _: Any, generator: torch.Generator) -> Any:
-    return function(checking.features(generator, 64), checking.features(generator, 64))
-
-
 def _of_ranking(function: Callable[..., Any], _: Any, generator: torch.Generator) -> Any:
     distances, labels = checking.ranking(generator)
     return function(distances, *labels, use_cython=False)
 
 
-def _of_reranking(function: Callable[..., Any], _: Any, generator: torch.Generator) -> Any:
-    query, gallery = checking.features(generator, 60), checking.features(generator, 240)
-    pairs = (query, gallery), (query, query), (gallery, gallery)
-    return function(*(torch.cdist(x, y).numpy() for x, y in pairs))
-
-
 CASES: dict[str, checking.Case] = {
     "triplet_loss": _of_triplets,
-    "euclidean_dist": _of_batch,
-    "cosine_dist": _of_batch,
+    "euclidean_dist": checking.of_batch,
+    "cosine_dist": checking.of_batch,
     "pairwise_circleloss": _of_pairs,
     "pairwise_cosface": _of_pairs,
-    "compute_euclidean_distance": _of_batch,
-    "compute_cosine_distance": _of_batch,
-    "aqe": _of_batch,
+    "compute_euclidean_distance": checking.of_batch,
+    "compute_cosine_distance": checking.of_batch,
+    "aqe": checking.of_batch,
     "evaluate_rank": _of_ranking,
     "evaluate_roc": _of_ranking,
-    "re_ranking": _of_reranking,
+    "re_ranking": checking.of_reranking,
 }

@@ -295,10 +295,6 @@ REPLACEMENTS = (
 )  # fmt: skip
 
 
-def _of_batch(function: Callable[..., Any], _: Any, generator: torch.Generator) -> Any:
-    return function(checking.features(generator, 64), checking.features(generator, 64))
-
-
 def _of_triplets(function: Callable[..., Any], module: Any, generator: torch.Generator) -> Any:
     x = checking.features(generator, 64).requires_grad_()
     kind = getattr(module, "SoftTripletLoss" if "Soft" in function.__qualname__ else "TripletLoss")
@@ -314,30 +310,19 @@ def _of_bank(function: Callable[..., Any], module: Any, generator: torch.Generat
     return bank.features
 
 
-def _of_ranking(function: Callable[..., Any], _: Any, generator: torch.Generator) -> Any:
-    distances, labels = checking.ranking(generator)
-    return function(distances, *labels)
-
-
-def _of_reranking(function: Callable[..., Any], _: Any, generator: torch.Generator) -> Any:
-    query, gallery = checking.features(generator, 60), checking.features(generator, 240)
-    pairs = (query, gallery), (query, query), (gallery, gallery)
-    return function(*(torch.cdist(x, y).numpy() for x, y in pairs))
-
-
 def _of_jaccard(function: Callable[..., Any], _: Any, generator: torch.Generator) -> Any:
     rows = torch.nn.functional.normalize(checking.features(generator, 300))
     return function(rows, print_flag=False, search_option=3)
 
 
 CASES: dict[str, checking.Case] = {
-    "euclidean_dist": _of_batch,
-    "cosine_dist": _of_batch,
+    "euclidean_dist": checking.of_batch,
+    "cosine_dist": checking.of_batch,
     "TripletLoss.forward": _of_triplets,
     "SoftTripletLoss.forward": _of_triplets,
     "MemoryBank.momentum_update": _of_bank,
-    "cmc": _of_ranking,
-    "mean_ap": _of_ranking,
-    "re_ranking": _of_reranking,
+    "cmc": checking.of_ranking,
+    "mean_ap": checking.of_ranking,
+    "re_ranking": checking.of_reranking,
     "compute_jaccard_distance": _of_jaccard,
 }

@@ -79,20 +79,23 @@ def replacements(project: str) -> tuple[Replacement, ...]:
     return found
 
 
+def names(project: str) -> set[str]:
+    """Functions, classes, methods and switches that `only` and `without` may name."""
+    return {name for one in replacements(project) for name in (one.name, one.name.split(".")[0], one.switch)}
+
+
 def chosen(project: str, only: Sequence[str] | None, without: Sequence[str] = ()) -> list[Replacement]:
     """Those that are named, by function or switch; else all that are not off."""
-    every = replacements(project)
-    names = {name for one in every for name in (one.name, one.name.split(".")[0], one.switch)}
+    there = names(project)
     for name in (*(only or ()), *without):
-        if name not in names:
-            raise ValueError(
-                f"only: expected a function or switch of {project} ({', '.join(sorted(names))}), got {name}"
-            )
+        if name not in there:
+            listed = ", ".join(sorted(there))
+            raise ValueError(f"only: expected a function or switch of {project} ({listed}), got {name}")
 
     def named(one: Replacement, by: Sequence[str]) -> bool:
         return bool({one.name, one.name.split(".")[0], one.switch} & set(by))
 
-    wanted = [one for one in every if (named(one, only) if only is not None else not one.off)]
+    wanted = [one for one in replacements(project) if (named(one, only) if only is not None else not one.off)]
     return [one for one in wanted if not named(one, without)]
 
 
@@ -263,8 +266,7 @@ def _held_elsewhere(function: Callable[..., Any], known: set[int]) -> int:
         if isinstance(referrer, (functools.partial, types.CellType)):
             count += 1
         elif isinstance(referrer, dict) and id(referrer) not in known and "__builtins__" not in referrer:
-            owners = gc.get_referrers(referrer)
-            count += any(getattr(owner, "__dict__", None) is referrer for owner in owners if owner is not known)
+            count += any(getattr(owner, "__dict__", None) is referrer for owner in gc.get_referrers(referrer))
     return count
 
 

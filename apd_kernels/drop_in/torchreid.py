@@ -262,25 +262,10 @@ def _of_triplets(function: Callable[..., Any], module: Any, generator: torch.Gen
     return [loss, x.grad]
 
 
-def _of_batch(function: Callable[..., Any], _: Any, generator: torch.Generator) -> Any:
-    return function(checking.features(generator, 64), checking.features(generator, 64))
-
-
-def _of_ranking(function: Callable[..., Any], _: Any, generator: torch.Generator) -> Any:
-    distances, labels = checking.ranking(generator)
-    return function(distances, *labels)
-
-
-def _of_reranking(function: Callable[..., Any], _: Any, generator: torch.Generator) -> Any:
-    query, gallery = checking.features(generator, 60), checking.features(generator, 240)
-    pairs = (query, gallery), (query, query), (gallery, gallery)
-    return function(*(torch.cdist(x, y).numpy() for x, y in pairs))
-
-
 CASES: dict[str, checking.Case] = {
     "TripletLoss.forward": _of_triplets,
-    "euclidean_squared_distance": _of_batch,
-    "cosine_distance": _of_batch,
-    "evaluate_rank": _of_ranking,
-    "re_ranking": _of_reranking,
+    "euclidean_squared_distance": checking.of_batch,
+    "cosine_distance": checking.of_batch,
+    "evaluate_rank": checking.of_ranking,
+    "re_ranking": checking.of_reranking,
 }

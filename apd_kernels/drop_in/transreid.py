@@ -233,20 +233,11 @@ REPLACEMENTS = (
 )  # fmt: skip
 
 
-def _of_batch(function: Callable[..., Any], _: Any, generator: torch.Generator) -> Any:
-    return function(checking.features(generator, 64), checking.features(generator, 64))
-
-
 def _of_triplets(function: Callable[..., Any], module: Any, generator: torch.Generator) -> Any:
     x = checking.features(generator, 64).requires_grad_()
     loss, *distances = function(module.TripletLoss(0.3), x, checking.labels(64))
     loss.backward()
     return [loss, *distances, x.grad]
-
-
-def _of_ranking(function: Callable[..., Any], _: Any, generator: torch.Generator) -> Any:
-    distances, labels = checking.ranking(generator)
-    return function(distances, *labels)
 
 
 def _of_reranking(function: Callable[..., Any], _: Any, generator: torch.Generator) -> Any:
@@ -266,13 +257,13 @@ def _of_mining(function: Callable[..., Any], _: Any, generator: torch.Generator)
 
 
 CASES: dict[str, checking.Case] = {
-    "euclidean_dist": _of_batch,
-    "cosine_dist": _of_batch,
+    "euclidean_dist": checking.of_batch,
+    "cosine_dist": checking.of_batch,
     "hard_example_mining": _of_mining,
     "TripletLoss.__call__": _of_triplets,
-    "euclidean_distance": _of_batch,
-    "cosine_similarity": _of_batch,
-    "eval_func": _of_ranking,
+    "euclidean_distance": checking.of_batch,
+    "cosine_similarity": checking.of_batch,
+    "eval_func": checking.of_ranking,
     "R1_mAP_eval.compute": _of_evaluator,
     "re_ranking": _of_reranking,
 }

@@ -19,9 +19,9 @@ from apd_kernels._core.checks import check_choice, check_floating, check_integer
 from apd_kernels._core.compiler import outside_of_graphs
 from apd_kernels._core.operators import internal_dtype
 from apd_kernels.evaluation.accumulator import RankAccumulator, Shard
+from apd_kernels.evaluation.block_counts import BlockCounts, counts_of_blocks
 from apd_kernels.evaluation.retrieval_metrics import (
     TIES_OF_DISTANCES,
-    BlockCounts,
     PositiveRanks,
     RankMetrics,
     Unlabelled,
@@ -29,7 +29,6 @@ from apd_kernels.evaluation.retrieval_metrics import (
     check_options,
     check_own,
     checked_unlabelled,
-    counts_of_blocks,
 )
 from apd_kernels.evaluation.rows import padded
 

@@ -26,6 +26,7 @@ from apd_kernels._core.checks import (
 from apd_kernels._core.compiler import outside_of_graphs
 from apd_kernels._core.operators import implementation_context, internal_dtype
 from apd_kernels._core.rows import unit_rows
+from apd_kernels.evaluation.block_counts import counts_of_blocks
 from apd_kernels.evaluation.neighbors import Neighbors
 from apd_kernels.evaluation.retrieval_metrics import (
     TIES_OF_DISTANCES,
@@ -33,7 +34,6 @@ from apd_kernels.evaluation.retrieval_metrics import (
     check_labels,
     check_options,
     checked_unlabelled,
-    counts_of_blocks,
 )
 from apd_kernels.evaluation.rows import centred_products, largest_of, scale_of
 from apd_kernels.reference import rerank as reference

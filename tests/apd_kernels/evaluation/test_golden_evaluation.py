@@ -15,15 +15,15 @@ from apd_kernels import positive_ranks
 
 RANKINGS = "test_ranking.py::test_golden_rankings"
 LISTS = "test_ranking.py::test_golden_open_reid"
-RERANKED = "test_rerank.py::test_golden_matrices"
-JACCARD = "test_rerank.py::test_golden_jaccard"
+RERANKED = "test_rerank_golden.py::test_golden_matrices"
+JACCARD = "test_rerank_golden.py::test_golden_jaccard"
 COMPARED = {
     "bau_cmc": LISTS,
     "bau_mean_ap": LISTS,
     "clustercontrast_cmc": LISTS,
     "clustercontrast_mean_ap": LISTS,
     "clustercontrast_compute_jaccard_distance": JACCARD,
-    "fastreid_aqe": "test_rerank.py::test_golden_expansion",
+    "fastreid_aqe": "test_rerank_golden.py::test_golden_expansion",
     "fastreid_compute_jaccard_distance": JACCARD,
     "fastreid_eval_cuhk03": RANKINGS,
     "fastreid_evaluate_cy": RANKINGS,
@@ -31,7 +31,7 @@ COMPARED = {
     "fastreid_evaluate_roc": "test_ranking.py::test_golden_verification",
     "fastreid_re_ranking": RERANKED,
     "layumi_evaluate": "test_ranking.py::test_golden_trapezoid",
-    "layumi_re_ranking": "test_rerank.py::test_golden_similarities",
+    "layumi_re_ranking": "test_rerank_golden.py::test_golden_similarities",
     "pml_AccuracyCalculator": "test_golden_evaluation.py::test_accuracy_calculator",
     "strongbaseline_eval_func": RANKINGS,
     "torchreid_eval_cuhk03": RANKINGS,
@@ -40,7 +40,7 @@ COMPARED = {
     "torchreid_re_ranking": RERANKED,
     "transreid_R1_mAP_eval": "test_ranking.py::test_golden_from_features",
     "transreid_eval_func": RANKINGS,
-    "transreid_re_ranking": "test_rerank.py::test_golden_half_encodings",
+    "transreid_re_ranking": "test_rerank_golden.py::test_golden_half_encodings",
 }
 NOT_COMPARED = {
     "strongbaseline_CrossEntropyLabelSmooth": "torch.nn.functional.cross_entropy(label_smoothing=0.1)",
